@@ -169,7 +169,7 @@ COMMANDS = {
     "bench resume": Command(
         "bench.bench_resume",
         "compare what loaders lose, repeat and move when killed and resumed",
-        ("against", "topologies", "stops", "peer_python"),
+        ("against", "peer_python"),
         ("", "--against mds,litdata --peer-python peer/bin/python --json"),
     ),
     "bench scale": Command(

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds_tools.bench import harness
-from latentds_tools.reports.commands import check_known, check_ranges, listed, show
+from latentds_tools.reports.commands import check_known, listed, show
 
 from latentds.errors import InputError
 
@@ -33,7 +32,16 @@ PEERS = {
     "mds": ("mosaicml-streaming",),
     "litdata": ("litdata",),
 }
-TOPOLOGY = re.compile(r"(\d+)x(\d+)(?:-(\d+)x(\d+))?")
+# ranks and workers, until the stop and after it
+TOPOLOGIES = (
+    ((1, 0), (1, 0)),
+    ((1, 2), (1, 2)),
+    ((2, 2), (2, 2)),
+    ((2, 2), (1, 2)),
+)
+STOPS = (0.2, 0.7)  # checkpoints, as shares of an epoch
+SAMPLES, BATCH_SIZE = 2000, 16  # of an epoch; of a step, over all ranks
+BUFFER = 200  # samples that peers without an order of their own shuffle among
 
 Ranks = list[list[list[int]]]  # sample numbers by rank and batch
 logger = logging.getLogger(__name__)
@@ -45,18 +53,6 @@ class Config:
 
     against: str = "webdataset,webdataset-stateful,datasets,torchdata"
     """Comma-separated, of webdataset, webdataset-stateful, datasets, torchdata, mds, litdata."""
-    topologies: str = "1x0,1x2,2x2,2x2-1x2"
-    """Comma-separated ranks x workers; A-B is stopped as A and resumed as B."""
-    stops: str = "0.2,0.7"
-    """Comma-separated checkpoints, as shares of an epoch."""
-    samples: int = 2000
-    """Samples of an epoch."""
-    batch_size: int = 16
-    """Samples a step, over all ranks."""
-    buffer: int = 200
-    """Shuffle buffer, in samples, of peers without an order of their own."""
-    seed: int = 0
-    """Seed of the orders."""
     peer_python: Path | None = None
     """Python of another environment for mds and litdata."""
     work: Path | None = None
@@ -67,43 +63,7 @@ class Config:
     """Print JSON."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, samples=(10, 10**7), batch_size=(1, 10**5), buffer=(1, 10**7))
-        check_known("peer", self.peers()[1:], {*PEERS} - {"latentds"})
-        for before, after in self.pairs():
-            for ranks, _ in (before, after):
-                if self.batch_size % ranks:
-                    raise InputError(
-                        f"--batch-size {self.batch_size} is not divisible by {ranks} ranks; "
-                        "choose a multiple"
-                    )
-        self.shares()
-
-    def peers(self) -> list[str]:
-        return ["latentds", *listed(self.against)]
-
-    def pairs(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """Ranks and workers before and after the stop."""
-        found = []
-        for text in self.topologies.split(","):
-            match = TOPOLOGY.fullmatch(text)
-            if match is None or "0" in (match[1], match[3]):
-                raise InputError(
-                    f"--topologies {self.topologies}: {text!r} is not RANKSxWORKERS, as 2x4, or "
-                    "two of them, as 2x4-1x2"
-                )
-            numbers = [int(number) for number in match.groups() if number]
-            before = (numbers[0], numbers[1])
-            found.append((before, (numbers[2], numbers[3]) if match[3] else before))
-        return found
-
-    def shares(self) -> list[float]:
-        try:
-            found = [float(text) for text in self.stops.split(",")]
-        except ValueError:
-            found = [0.0]
-        if not all(0 < share < 1 for share in found):
-            raise InputError(f"--stops {self.stops}: shares between 0 and 1 with commas between")
-        return found
+        check_known("peer", listed(self.against), {*PEERS} - {"latentds"})
 
 
 def run(config: Config) -> None:
@@ -111,8 +71,9 @@ def run(config: Config) -> None:
     versions: dict[str, str] = {}
     results: list[dict[str, Any]] = []
     report = harness.report_of(config, versions=versions, results=results)
+    report["config"] |= {"samples": SAMPLES, "batch_size": BATCH_SIZE}
     with tempfile.TemporaryDirectory(dir=config.work) as work:
-        for peer in config.peers():
+        for peer in ("latentds", *listed(config.against)):
             results += measure_peer(config, peer, Path(work), versions)
             harness.write_report(config.out, report)
     show(report, config.json, as_text)
@@ -131,18 +92,17 @@ def measure_peer(
         return [{"peer": peer, "error": f"not installed: {', '.join(missing)}"}]
     folder = work / peer
     folder.mkdir()
-    spec = {"peer": peer, "folder": str(folder), "samples": config.samples, "seed": config.seed,
-            "buffer": config.buffer}  # fmt: skip
+    spec = {"peer": peer, "folder": str(folder), "samples": SAMPLES, "buffer": BUFFER}
     if peer == "latentds":
         from latentds_tools.bench.synthetic import write_synthetic
 
-        write_synthetic(folder, config.samples, shape=(1, 2, 2), patch_px=16)
+        write_synthetic(folder, SAMPLES, shape=(1, 2, 2), patch_px=16)
     else:
-        run_ranks(python, spec | {"phase": "write"}, config, (1, 0), work)
+        run_ranks(python, spec | {"phase": "write"}, (1, 0), work)
     return [
         {"peer": peer} | row
-        for before, after in config.pairs()
-        for row in measure_topology(config, python, spec, before, after, work)
+        for before, after in TOPOLOGIES
+        for row in measure_topology(python, spec, before, after, work)
     ]
 
 
@@ -158,7 +118,6 @@ def find_versions(peer: str, python: str) -> dict[str, str]:
 
 
 def measure_topology(
-    config: Config,
     python: str,
     spec: dict[str, Any],
     before: tuple[int, int],
@@ -169,7 +128,7 @@ def measure_topology(
     logger.info("%s, %dx%d, resumed %dx%d", spec["peer"], *before, *after)
 
     def deliver(topology: tuple[int, int], **phase: Any) -> Ranks:
-        return run_ranks(python, spec | phase, config, topology, work)
+        return run_ranks(python, spec | phase, topology, work)
 
     rows = []
     head: dict[str, Any] = {"before": before, "after": after}
@@ -178,12 +137,12 @@ def measure_topology(
     except InputError as error:
         return [head | {"error": str(error)}]
     steps = min(map(len, whole))
-    for share in config.shares():
+    for share in STOPS:
         row = head | {"stop": max(1, round(share * steps))}
         try:
             first = deliver(before, phase="stopped", stop=row["stop"])
             rest = deliver(after, phase="resumed", stop=row["stop"])
-            row |= compare(whole, first, rest, config.samples)
+            row |= compare(whole, first, rest, SAMPLES)
         except InputError as error:
             row["error"] = str(error)
         rows.append(row)
@@ -226,12 +185,10 @@ def steps_of(ranks: Ranks, start: int) -> Counter[tuple[int, int]]:
     )
 
 
-def run_ranks(
-    python: str, spec: dict[str, Any], config: Config, topology: tuple[int, int], work: Path
-) -> Ranks:
+def run_ranks(python: str, spec: dict[str, Any], topology: tuple[int, int], work: Path) -> Ranks:
     """Run a phase on all ranks at once; what every rank delivered. InputError where one fails."""
     ranks, workers = topology
-    spec = spec | {"ranks": ranks, "workers": workers, "batch_size": config.batch_size // ranks}
+    spec = spec | {"ranks": ranks, "workers": workers, "batch_size": BATCH_SIZE // ranks}
     outs = [work / f"out-{rank}.json" for rank in range(ranks)]
     if spec["phase"] == "stopped":
         for old in work.glob("state-*.pt"):

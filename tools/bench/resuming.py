@@ -18,6 +18,7 @@ import torch
 
 AHEAD = 2  # batches a run still gets between its checkpoint and its end
 SHARDS = 16
+SEED = 0
 LENGTH_LIMIT = 3  # epochs' worth of samples, behind which a loader is taken to be endless
 
 Spec = dict[str, Any]
@@ -42,7 +43,7 @@ def main() -> None:
 
 def run_phase(spec: Spec) -> Batches:
     """Sample numbers of every batch that counts: none behind a checkpoint."""
-    torch.manual_seed(spec["seed"])
+    torch.manual_seed(SEED)
     loader, numbers_of = BUILDERS[spec["peer"]](spec)
     state_dict = getattr(loader, "state_dict", None)  # DataLoader has none
     if spec["phase"] == "resumed" and state_dict:
@@ -70,7 +71,7 @@ def latentds_loader(spec: Spec) -> Any:
     loader = LatentLoader(
         spec["folder"],
         shuffle=True,
-        seed=spec["seed"],
+        seed=SEED,
         order=Order(global_batch_size=spec["batch_size"] * spec["ranks"]),
         device="cpu",
         decode="stored",
@@ -94,9 +95,9 @@ def webdataset_samples(spec: Spec) -> Any:
     import webdataset as wds
 
     urls = sorted(str(path) for path in Path(spec["folder"]).glob("*.tar"))
-    options = {"shardshuffle": len(urls), "detshuffle": True, "seed": spec["seed"]}
+    options = {"shardshuffle": len(urls), "detshuffle": True, "seed": SEED}
     data = wds.WebDataset(urls, nodesplitter=wds.split_by_node, **options)
-    shuffled = data.compose(wds.filters.detshuffle(spec["buffer"], seed=spec["seed"]))
+    shuffled = data.compose(wds.filters.detshuffle(spec["buffer"], seed=SEED))
     return shuffled.decode().to_tuple("cls").map(operator.itemgetter(0))
 
 
@@ -122,7 +123,7 @@ def datasets_loader(spec: Spec) -> Any:
 
     files = sorted(str(path) for path in Path(spec["folder"]).glob("*.parquet"))
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
-    rows = rows.shuffle(seed=spec["seed"], buffer_size=spec["buffer"])
+    rows = rows.shuffle(seed=SEED, buffer_size=spec["buffer"])
     rows = split_dataset_by_node(rows, rank=rank(), world_size=spec["ranks"])
     return plain_loader(StatefulDataLoader, rows, spec), lambda batch: [
         row["number"] for row in batch
@@ -136,7 +137,7 @@ def torchdata_loader(spec: Spec) -> Any:
 
     numbers = range(spec["samples"])
     sampler = StatefulDistributedSampler(
-        numbers, num_replicas=spec["ranks"], rank=rank(), seed=spec["seed"]
+        numbers, num_replicas=spec["ranks"], rank=rank(), seed=SEED
     )
     return plain_loader(StatefulDataLoader, numbers, spec, sampler=sampler), list
 
@@ -144,7 +145,7 @@ def torchdata_loader(spec: Spec) -> Any:
 def mds_loader(spec: Spec) -> Any:
     from streaming import StreamingDataLoader, StreamingDataset
 
-    options = {"batch_size": spec["batch_size"], "shuffle_seed": spec["seed"]}
+    options = {"batch_size": spec["batch_size"], "shuffle_seed": SEED}
     data = StreamingDataset(local=spec["folder"], shuffle=True, **options)
     # Its own collating: the state counts the samples of a batch by the form that this gives.
     options = {"batch_size": spec["batch_size"], "num_workers": spec["workers"]}
@@ -154,7 +155,7 @@ def mds_loader(spec: Spec) -> Any:
 def litdata_loader(spec: Spec) -> Any:
     from litdata import StreamingDataLoader, StreamingDataset
 
-    data = StreamingDataset(spec["folder"], shuffle=True, seed=spec["seed"], drop_last=False)
+    data = StreamingDataset(spec["folder"], shuffle=True, seed=SEED, drop_last=False)
     options = {"batch_size": spec["batch_size"], "num_workers": spec["workers"], "shuffle": True}
     return StreamingDataLoader(data, **options), list
 

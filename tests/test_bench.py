@@ -13,7 +13,7 @@ import torch
 from latentds_tools import cli
 from latentds_tools.bench import bench_loader, bench_scale, measuring_loaders, peer_loaders, peers
 from latentds_tools.bench.measuring_loaders import Watch, measure_loader
-from latentds_tools.bench.peer_formats import read_patches
+from latentds_tools.bench.peer_formats import read_patches, write_format
 from latentds_tools.bench.synthetic import write_sparse, write_synthetic
 
 from latentds.errors import InputError
@@ -56,7 +56,7 @@ def call(capsys, *words) -> dict:
 def test_every_peer_delivers_the_same_patches_shuffled(shared_dataset, tmp_path, peer):
     patches = read_patches(shared_dataset, "train")
     spec = spec_of(peer, shared_dataset, tmp_path, patches)
-    ready, seen = peers.Ready(spec), []
+    ready, seen = peers.make_ready(spec), []
     loader = peer_loaders.BUILDERS[peer](spec)
     for batch in loader:
         codes, labels = ready(batch)
@@ -69,12 +69,16 @@ def test_every_peer_delivers_the_same_patches_shuffled(shared_dataset, tmp_path,
 
 def spec_of(peer, own, work, patches) -> dict:
     """What a process is told of a peer, whose files are written into the folder `work`."""
-    config, about = bench_loader.Config(against="none", batch_size=50), bench_loader.PEERS[peer]
-    if about.files != "latentds":
-        bench_loader.write_format(config, about.files, patches, work, own)
-    spec = bench_loader.describe_one(peer, "codes", own if about.files == "latentds" else work, 500)
+    config, form = (
+        bench_loader.Config(against="none", batch_size=50),
+        bench_loader.PEERS[peer].files,
+    )
+    if form != "latentds":
+        write_format(form, patches, work, sys.executable)
+    folder = own if form == "latentds" else work
+    spec = bench_loader.describe_peer(peer, "codes", folder, 500)
     spec |= {"classes": list(ShardSet(own).manifest.classes), "set": str(own)}
-    return SPEC | spec | bench_loader.describe_order(config, "codes", own, work, patches)
+    return SPEC | spec | bench_loader.describe_order(config, "codes", own, patches, work)
 
 
 def test_batches_other_than_those_recorded_are_refused(shared_dataset, tmp_path):
@@ -88,7 +92,7 @@ def test_fewer_patches_than_a_batch_are_told(shared_dataset, tmp_path):
     patches, config = read_patches(shared_dataset, "train"), bench_loader.Config(against="none")
     few = dataclasses.replace(patches, codes=patches.codes[:9], labels=patches.labels[:9])
     with pytest.raises(InputError, match="9 patches are less than a batch of 256"):
-        bench_loader.describe_order(config, "codes", shared_dataset, tmp_path, few)
+        bench_loader.describe_order(config, "codes", shared_dataset, few, tmp_path)
 
 
 def test_a_process_that_dies_is_told_by_its_last_words(tmp_path):
@@ -102,7 +106,7 @@ def test_a_process_that_dies_is_told_by_its_last_words(tmp_path):
 
 @pytest.mark.slow
 def test_a_loader_that_dies_is_told_by_its_last_words(tmp_path):
-    spec = SPEC | bench_loader.describe_one("jpeg-folder", "pixels", tmp_path / "no", 1)
+    spec = SPEC | bench_loader.describe_peer("jpeg-folder", "pixels", tmp_path / "no", 1)
     with pytest.raises(InputError, match=r"jpeg-folder: .*no"):
         measure_loader(
             spec | {"seconds": 1, "epoch_patches": 1, "order": str(tmp_path)}, sys.executable
@@ -131,24 +135,11 @@ def test_without_psutil_memory_and_cpu_are_not_told(monkeypatch):
         assert math.isnan(watch.counters()["cpu_s"]) and math.isnan(watch.peak)
 
 
-@pytest.mark.parametrize(
-    ("decoding", "counted", "words"),
-    [
-        ({"cuda_graph": True}, {"device": "cpu", "graph_replays": 0}, "never engaged"),
-        ({"cuda_graph": False}, {"device": "cuda:0", "graph_replays": 0}, "never engaged"),
-    ],
-)
-def test_a_loader_that_does_not_use_what_it_claims_fails(decoding, counted, words):
-    loader = SimpleNamespace(decoder=SimpleNamespace(counters=lambda: counted))
-    with pytest.raises(RuntimeError, match=words):
-        peers.counted(loader, SPEC | {"decoding": decoding, "resident": False})
-
-
 def test_nothing_gathered_is_not_resident():
     resident = SimpleNamespace(gathered=0, codes=torch.zeros(1))
     loader = SimpleNamespace(decoder=None, resident=resident)
     with pytest.raises(RuntimeError, match="nothing was gathered"):
-        peers.counted(loader, SPEC | {"resident": True})
+        peers.counted(loader, SPEC | {"peer": "latentds-resident"})
 
 
 def test_peers_of_other_environments_are_asked_for_by_name(capsys):

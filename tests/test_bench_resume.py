@@ -62,7 +62,7 @@ def test_an_unknown_peer_is_named():
 
 
 def test_a_peer_that_is_not_installed_is_a_row(tmp_path, monkeypatch):
-    monkeypatch.setitem(bench_resume.PEERS, "litdata", ("no-such-distribution",))
+    monkeypatch.setitem(bench_resume.PEERS, "litdata", (("no-such-distribution",), ""))
     (row,) = bench_resume.measure_peer(Config(), "litdata", tmp_path, {})
     assert row["error"] == "not installed: no-such-distribution"
     assert "not installed: no-such-distribution" in bench_resume.row_cells(row)

@@ -171,41 +171,42 @@ def measure(config: Config) -> dict[str, Any]:
 
 def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
     """Write every peer's files; what each process is to be told."""
-    from latentds_tools.bench import peer_formats, synthetic
+    from latentds_tools.bench import peer_formats
 
-    own = work / "latentds"
-    if config.folder:
-        patches = peer_formats.write_subset(config.folder, own, config.split, config.patches)
-    else:
-        synthetic.write_synthetic(own, config.patches)
-        patches = peer_formats.read_patches(own, config.split)
-    common = describe_set(config, own, work)
-    most = config.pixel_patches
-    few = peer_formats.Patches(patches.codes[:most], patches.labels[:most])
-    sizes = {decode: few if decode == "pixels" else patches for decode in config.decodes()}
-    folders = {("latentds", len(patches)): own}
-    if "pixels" in sizes and len(few) < len(patches):
-        folders["latentds", len(few)] = work / "latentds-few"
-        peer_formats.write_subset(own, work / "latentds-few", config.split, len(few))
-    told = {
-        decode: describe_order(config, decode, folders["latentds", len(some)], work, some)
-        for decode, some in sizes.items()
-    }
+    @functools.cache
+    def own(count: int) -> tuple[Path, Any]:
+        folder = work / f"latentds-{count}"
+        return folder, peer_formats.write_own(config.folder, folder, config.split, count)
+
+    @functools.cache
+    def stored(form: str, count: int) -> Path:
+        folder, patches = own(count)
+        if form == "latentds":
+            return folder
+        logger.info("writing %s", form)
+        out = work / f"{form}-{count}"
+        out.mkdir()
+        python = python_of(config, form)
+        peer_formats.write_format(form, patches, out, python, folder, config.autoencoder)
+        return out
+
+    @functools.cache
+    def order(decode: str, count: int) -> dict[str, Any]:
+        return describe_order(config, decode, *own(count), work)
+
+    versions = functools.cache(harness.versions_of)
     specs = []
     for peer, decode in config.contenders():
-        some, form = sizes[decode], PEERS[peer].files
-        if (form, len(some)) not in folders:
-            folders[form, len(some)] = folder = work / f"{form}-{len(some)}"
-            folder.mkdir()
-            logger.info("writing %s", form)
-            write_format(config, form, some, folder, own)
-        spec = describe_one(peer, decode, folders[form, len(some)], len(some))
-        specs.append(spec | common | told[decode])
+        count = config.pixel_patches if decode == "pixels" else config.patches
+        spec = describe_peer(peer, decode, stored(PEERS[peer].files, count), len(own(count)[1]))
+        distributions = (PEERS[peer].distribution, "torch", "numpy")
+        spec["versions"] = versions(python_of(config, peer), distributions)
+        specs.append(spec | describe_set(config, own(count)[0], work) | order(decode, count))
     return specs
 
 
 def describe_order(
-    config: Config, decode: str, folder: Path, work: Path, patches: Any
+    config: Config, decode: str, folder: Path, patches: Any, work: Path
 ) -> dict[str, Any]:
     """The order that is replayed: our own of epoch 0, and its first batches' checksums."""
     import numpy as np
@@ -230,22 +231,15 @@ def describe_order(
     }
 
 
-def describe_one(peer: str, decode: str, folder: Path, count: int) -> dict[str, Any]:
+def describe_peer(peer: str, decode: str, folder: Path, count: int) -> dict[str, Any]:
     stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    about, ours = PEERS[peer], peer in ("latentds", "latentds-resident")
-    return {
+    return dataclasses.asdict(PEERS[peer]) | {
         "peer": peer,
-        "distribution": about.distribution,
-        "imports": about.imports,
-        "images": about.images,
-        "replays": about.replays,
-        "ours": ours,
+        "ours": peer in ("latentds", "latentds-resident"),
         "folder": str(folder),
         "decode": decode,
         "stored_patches": count,
         "stored_bytes_per_patch": stored / count,
-        "resident": peer == "latentds-resident",
-        "ceiling_rounds": 3 if ours and decode == "pixels" else 0,
     }
 
 
@@ -270,21 +264,6 @@ def describe_set(config: Config, own: Path, work: Path) -> dict[str, Any]:
         "shape": list(manifest.contract.codes_shape),
         "buffer": BUFFER,
     }
-
-
-def write_format(config: Config, form: str, patches: Any, folder: Path, own: Path) -> None:
-    from latentds_tools.bench import peer_formats, peer_writers
-
-    kind, _, packed = form.partition("-")
-    pack = peer_formats.PACK if packed else 1
-    if kind == "jpeg":
-        peer_formats.write_jpegs(patches, form, folder, own, config.autoencoder)
-    elif kind == "parquet":
-        peer_formats.write_parquet(patches, folder, pack)
-    if kind in ("webdataset", "energon"):
-        peer_formats.write_webdataset(patches, folder, "npy", patches.codes)
-    if form in peer_writers.WRITERS:
-        peer_formats.write_by(python_of(config, form), form, patches, folder, pack)
 
 
 def python_of(config: Config, peer: str) -> str:
@@ -314,7 +293,7 @@ def summarize(case: Case) -> dict[str, Any]:
     row |= {phase: harness.medians([found[phase] for found in sound]) for phase in ("cold", "warm")}
     row |= {
         "warm_range": harness.extent([found["warm"]["patches_per_s"] for found in sound]),
-        "versions": sound[0]["versions"],
+        "versions": case.head["versions"],
         "peak_mb": statistics.median(found["peak_mb"] for found in sound),
         "counters": (counters := dict(sound[-1]["counters"])),
         "recorded_batches": counters.pop("replayed", None),

@@ -22,15 +22,15 @@ from latentds.errors import InputError
 
 SCRIPT = Path(__file__).with_name("resuming.py")
 GIVE_UP_S = 300
-# peer: distributions it is made of; the first one's version is told
-PEERS = {
-    "latentds": ("latentds",),
-    "webdataset": ("webdataset",),
-    "webdataset-stateful": ("webdataset", "torchdata"),
-    "datasets": ("datasets", "torchdata"),
-    "torchdata": ("torchdata",),
-    "mds": ("mosaicml-streaming",),
-    "litdata": ("litdata",),
+# peer: distributions it is made of, and the format that it reads
+PEERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "latentds": (("latentds",), "latentds"),
+    "webdataset": (("webdataset",), "webdataset"),
+    "webdataset-stateful": (("webdataset", "torchdata"), "webdataset"),
+    "datasets": (("datasets", "torchdata"), "parquet"),
+    "torchdata": (("torchdata",), ""),  # its samples are their own numbers
+    "mds": (("mosaicml-streaming",), "mds"),
+    "litdata": (("litdata",), "litdata"),
 }
 # ranks and workers, until the stop and after it
 TOPOLOGIES = (
@@ -41,6 +41,7 @@ TOPOLOGIES = (
 )
 STOPS = (0.2, 0.7)  # checkpoints, as shares of an epoch
 SAMPLES, BATCH_SIZE = 2000, 16  # of an epoch; of a step, over all ranks
+FILES = 16  # of a peer
 BUFFER = 200  # samples that peers without an order of their own shuffle among
 
 Ranks = list[list[list[int]]]  # sample numbers by rank and batch
@@ -85,20 +86,16 @@ def measure_peer(
     """Rows of a peer: a topology and a stop each. Its versions are noted."""
     is_other = config.peer_python is not None and peer in ("mds", "litdata")
     python = str(config.peer_python) if is_other else sys.executable
-    found = find_versions(peer, python)
+    distributions, form = PEERS[peer]
+    found = harness.versions_of(python, distributions)
     versions |= found
-    missing = [name for name in PEERS[peer] if name not in found]
+    missing = [name for name in distributions if name not in found]
     if missing:
         return [{"peer": peer, "error": f"not installed: {', '.join(missing)}"}]
     folder = work / peer
     folder.mkdir()
+    write_samples(form, folder, python)
     spec = {"peer": peer, "folder": str(folder), "samples": SAMPLES, "buffer": BUFFER}
-    if peer == "latentds":
-        from latentds_tools.bench.synthetic import write_synthetic
-
-        write_synthetic(folder, SAMPLES, shape=(1, 2, 2), patch_px=16)
-    else:
-        run_ranks(python, spec | {"phase": "write"}, (1, 0), work)
     return [
         {"peer": peer} | row
         for before, after in TOPOLOGIES
@@ -106,15 +103,17 @@ def measure_peer(
     ]
 
 
-def find_versions(peer: str, python: str) -> dict[str, str]:
-    """Versions of what is installed of a peer, in its Python."""
-    script = (
-        "import importlib.metadata as m, json, sys; "
-        "there = {d.name.lower(): d.version for d in m.distributions()}; "
-        "print(json.dumps({n: there[n] for n in sys.argv[1:] if n in there}))"
-    )
-    command = [python, "-c", script, *PEERS[peer]]
-    return dict(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
+def write_samples(form: str, folder: Path, python: str) -> None:
+    """Samples whose labels are their numbers; of ours the row is the number."""
+    import numpy as np
+    from latentds_tools.bench.peer_formats import Patches, write_format
+    from latentds_tools.bench.synthetic import write_synthetic
+
+    if form == "latentds":
+        write_synthetic(folder, SAMPLES, shape=(1, 2, 2), patch_px=16)
+        return
+    codes = np.zeros((SAMPLES, 1, 16, 16), np.uint8)
+    write_format(form, Patches(codes, np.arange(SAMPLES), FILES), folder, python)
 
 
 def measure_topology(
@@ -215,10 +214,10 @@ def run_ranks(python: str, spec: dict[str, Any], topology: tuple[int, int], work
             )
             processes.append(started.enter_context(rank_of))
         words = [wait_for(process) for process in processes]
-    for process, out, text in zip(processes, outs, words, strict=True):
-        if process.returncode if spec["phase"] == "write" else not out.exists():
+    for out, text in zip(outs, words, strict=True):
+        if not out.exists():
             raise InputError(f"{spec['peer']}: {text}")
-    return [] if spec["phase"] == "write" else [json.loads(out.read_text()) for out in outs]
+    return [json.loads(out.read_text()) for out in outs]
 
 
 def wait_for(process: subprocess.Popen[str]) -> str:

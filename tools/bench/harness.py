@@ -129,6 +129,17 @@ def counters_text(counters: Mapping[str, Any]) -> str:
     return f"counted: {', '.join(shown)}"
 
 
+def versions_of(python: str, distributions: Sequence[str]) -> dict[str, str]:
+    """Versions of those that are installed in a Python."""
+    script = (
+        "import importlib.metadata as m, json, sys; "
+        "there = {d.name.lower(): d.version for d in m.distributions()}; "
+        "print(json.dumps({n: there[n] for n in sys.argv[1:] if n in there}))"
+    )
+    command = [python, "-c", script, *distributions]
+    return dict(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
+
+
 @contextlib.contextmanager
 def child(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
     """A process in a session of its own, ended with all that it started."""

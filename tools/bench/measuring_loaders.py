@@ -56,20 +56,20 @@ def measure_loader(spec: dict[str, Any], python: str) -> dict[str, Any]:
     with tempfile.TemporaryFile("w+") as errors, importable() as env:
         words = words_of(python, "peers", spec)
         with child(words, stderr=errors, env=env, **pipes) as process:
-            figures = follow(process, Watch(process.pid))
+            figures = follow(process)
         errors.seek(0)
         if figures is None:
             raise InputError(f"{spec['peer']}: {last_words(errors.read())}")
     return figures
 
 
-def follow(process: subprocess.Popen[str], watch: Watch) -> dict[str, Any] | None:
+def follow(process: subprocess.Popen[str]) -> dict[str, Any] | None:
     """Read a loader's events and note CPU and bytes between them; None where it dies early."""
     assert process.stdout is not None and process.stdin is not None
     figures: dict[str, Any] = {"ceilings": []}
     timer = threading.Timer(GIVE_UP_S, process.kill)
     timer.start()
-    with watch:
+    with Watch(process.pid) as watch:
         before = watch.counters()
         for line in process.stdout:
             if not line.startswith('{"event"'):
@@ -87,22 +87,17 @@ def follow(process: subprocess.Popen[str], watch: Watch) -> dict[str, Any] | Non
 
 def note(figures: dict[str, Any], event: dict[str, Any], spent: dict[str, float]) -> None:
     name = event.pop("event")
-    if name == "imported":
-        figures["versions"] = event["versions"]
-    elif name == "counted":
+    if name == "counted":
         figures["counters"] = event
     elif name == "ceiling":
-        rate = event["patches"] / event["seconds"]
-        figures["ceilings"].append({"decoder": event["decoder"], "end_to_end": rate})
+        figures["ceilings"].append(event)
     elif name in ("cold", "warm"):
-        patches = event["patches"]
-        figures[name] = {
-            "patches": patches,
-            "patches_per_s": patches / event["seconds"],
+        patches, seconds = event["patches"], event.pop("seconds")
+        figures[name] = event | {
+            "patches_per_s": patches / seconds,
             "cpu_s_per_1000": spent["cpu_s"] / patches * 1000,
-            "cores": spent["cpu_s"] / event["seconds"],
+            "cores": spent["cpu_s"] / seconds,
             "bytes_read_per_patch": spent["bytes_read"] / patches,
-            "first_batch_s": event["first_batch_s"],
         }
 
 
@@ -113,11 +108,7 @@ class Watch:
     """
 
     def __init__(self, pid: int) -> None:
-        self.root, self.gone, self.peak = None, OSError, math.nan
-        if is_here("psutil"):
-            import psutil
-
-            self.root, self.gone, self.peak = psutil.Process(pid), psutil.Error, 0.0
+        self.pid, self.peak = pid, 0.0 if is_here("psutil") else math.nan
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.sample, daemon=True)
 
@@ -138,12 +129,15 @@ class Watch:
         return {"cpu_s": self.total(cpu_of), "bytes_read": self.total(bytes_of)}
 
     def total(self, figure: Any) -> float:
-        if self.root is None:
+        if math.isnan(self.peak):
             return math.nan
+        import psutil
+
         total = 0.0
-        with contextlib.suppress(self.gone):
-            for process in (self.root, *self.root.children(recursive=True)):
-                with contextlib.suppress(self.gone):
+        with contextlib.suppress(psutil.Error):
+            root = psutil.Process(self.pid)
+            for process in (root, *root.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
                     total += figure(process)
         return total
 

@@ -19,6 +19,8 @@ import torch
 import webdataset as wds
 from latentds_tools.bench.harness import last_words
 from latentds_tools.bench.measuring_loaders import importable, words_of
+from latentds_tools.bench.peer_writers import WRITERS
+from latentds_tools.bench.synthetic import write_synthetic
 
 from latentds.codecs.formats import save_with_pillow
 from latentds.codecs.latent import to_pictures
@@ -30,8 +32,7 @@ from latentds.store.format import GOLDEN
 from latentds.store.packs import SCHEMA
 from latentds.store.reader import ShardSet
 
-SHARD_BYTES = 64 << 20  # of a peer's files; at least MIN_SHARDS, so that workers have some each
-MIN_SHARDS = 8
+FILE_BYTES = 64 << 20  # of a peer's file, at most
 PACK = 256
 JPEG_QUALITY = 75
 
@@ -42,18 +43,24 @@ class Patches:
 
     codes   uint8 (N, C, h, w)
     labels  int64 (N,), -1 for none
+    files   of a peer, at least: so that workers have some each
     """
 
     codes: np.ndarray
     labels: np.ndarray
+    files: int = 8
 
     def __len__(self) -> int:
         return len(self.codes)
 
+    @property
+    def file_bytes(self) -> int:
+        """Codes in every file of a peer."""
+        return min(FILE_BYTES, self.codes.nbytes // self.files + 1)
+
     def runs(self) -> list[range]:
         """The patches of every file of a peer."""
-        bytes_each = int(np.prod(self.codes.shape[1:]))
-        count = max(MIN_SHARDS, -(-len(self) * bytes_each // SHARD_BYTES))
+        count = -(-self.codes.nbytes // self.file_bytes)
         edges = np.linspace(0, len(self), count + 1).astype(int).tolist()
         return [range(a, b) for a, b in itertools.pairwise(edges) if b > a]
 
@@ -72,8 +79,11 @@ def record_order(folder: Path, split: str, size: int) -> np.ndarray:
     return np.concatenate(rows) - data.shards.patch_range(split)[0]
 
 
-def write_subset(folder: Path, out: Path, split: str, count: int) -> Patches:
-    """A latentds set of the first `count` patches of a split, and those patches."""
+def write_own(folder: Path | None, out: Path, split: str, count: int) -> Patches:
+    """A latentds set of the first `count` patches of a split, or of random codes; its patches."""
+    if folder is None:
+        write_synthetic(out, count)
+        return read_patches(out, split)
     shards, patches = ShardSet(folder), read_patches(folder, split, count)
     rows = shards.patch_range(split)[0] + np.arange(len(patches))
 
@@ -85,6 +95,32 @@ def write_subset(folder: Path, out: Path, split: str, count: int) -> Patches:
     golden = (Path(folder) / GOLDEN).read_bytes()
     compose(out, shards.manifest.contract, {split: parts()}, shards.manifest.made, golden)
     return patches
+
+
+def write_format(
+    form: str,
+    patches: Patches,
+    out: Path,
+    python: str,
+    own: Path | None = None,
+    autoencoder: str | None = None,
+) -> None:
+    """Write the patches as a peer keeps them.
+
+    python       that has the peer's library
+    own          the same patches as a set of latentds, for formats of pictures
+    autoencoder  that decodes them instead of the recorded one
+    """
+    kind, _, variant = form.partition("-")
+    pack = PACK if variant == "packed" else 1
+    if kind == "jpeg" and own is not None:
+        write_jpegs(patches, form, out, own, autoencoder)
+    elif kind == "parquet":
+        write_parquet(patches, out, pack)
+    if kind in ("webdataset", "energon"):
+        write_webdataset(patches, out, "npy", patches.codes)
+    if form in WRITERS:
+        write_by(python, form, patches, out, pack)
 
 
 def write_webdataset(patches: Patches, out: Path, kind: str, stored: Sequence[Any]) -> None:
@@ -114,6 +150,7 @@ def write_by(python: str, form: str, patches: Patches, out: Path, pack: int) -> 
     """Have a peer's own library write, or index, what it reads."""
     with tempfile.TemporaryDirectory(dir=out.parent) as work, importable() as env:
         spec: dict[str, Any] = {"format": form, "folder": str(out), "pack": pack}
+        spec["file_bytes"] = patches.file_bytes
         for name, values in (("codes", patches.codes), ("labels", patches.labels)):
             spec[name] = f"{work}/{name}.npy"
             np.save(spec[name], values)

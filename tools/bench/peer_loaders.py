@@ -50,7 +50,7 @@ def latentds_loader(spec: Spec) -> Any:
         autoencoder=spec["autoencoder"],
         dtype=getattr(torch, spec["dtype"]),
         decoding=Decode(**spec["decoding"]),
-        resident=spec["resident"],
+        resident=spec["peer"] == "latentds-resident",
     )
 
 

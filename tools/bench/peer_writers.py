@@ -13,9 +13,6 @@ from typing import Any
 
 import numpy as np
 
-CHUNK_BYTES = 64 << 20  # of litdata's files; at least MIN_CHUNKS, so that workers have some each
-MIN_CHUNKS = 8
-
 Spec = dict[str, Any]
 
 
@@ -26,7 +23,7 @@ def main() -> None:
 
 
 def stored_arrays(spec: Spec) -> tuple[Any, Any]:
-    """Codes and labels of all patches, from the files that `peer_formats.write_by` made."""
+    """Codes and labels of all patches."""
     return np.load(spec["codes"], mmap_mode="r"), np.load(spec["labels"])
 
 
@@ -63,7 +60,8 @@ def write_mds(spec: Spec) -> None:
     from streaming import MDSWriter
 
     name, kind = ("labels", "bytes") if spec["pack"] > 1 else ("label", "int")
-    with MDSWriter(out=spec["folder"], columns={"codes": "bytes", name: kind}) as writer:
+    columns = {"codes": "bytes", name: kind}
+    with MDSWriter(out=spec["folder"], columns=columns, size_limit=spec["file_bytes"]) as writer:
         for row in stored_rows(spec):
             writer.write(row)
 
@@ -71,8 +69,7 @@ def write_mds(spec: Spec) -> None:
 def write_litdata(spec: Spec) -> None:
     from litdata.streaming.writer import BinaryWriter
 
-    chunk = min(CHUNK_BYTES, stored_arrays(spec)[0].nbytes // MIN_CHUNKS + 1)
-    writer = BinaryWriter(spec["folder"], chunk_bytes=chunk)
+    writer = BinaryWriter(spec["folder"], chunk_bytes=spec["file_bytes"])
     for number, row in enumerate(stored_rows(spec)):
         writer[number] = row
     writer.done()

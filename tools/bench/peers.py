@@ -6,7 +6,6 @@ Run by any Python that has torch, numpy and the peer: of this package it imports
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import json
@@ -22,6 +21,7 @@ import torch
 from latentds_tools.bench.peer_loaders import BUILDERS, Labelled, Spec
 
 COLD_FACTOR = 6
+CEILING_ROUNDS = 3
 
 
 def main() -> None:
@@ -32,36 +32,43 @@ def main() -> None:
     warnings.filterwarnings("error", message="torch.compile failed")
     # What a builder would import, so that no phase's time has it.
     importlib.import_module(spec["imports"])
-    tell("imported", versions=versions(spec["distribution"]))
+    tell("imported")
     started = time.perf_counter()
-    loader, ready = BUILDERS[spec["peer"]](spec), Ready(spec)
+    loader, ready = BUILDERS[spec["peer"]](spec), make_ready(spec)
     # Opening and starting workers are in the cold phase: it needs longer to tell a rate.
     limit = spec["seconds"] * COLD_FACTOR
-    cold = run_phase(loader, ready, limit, started, spec["epoch_patches"])
-    tell("cold", **cold)
+    tell("cold", **run_phase(loader, ready, limit, started, spec["epoch_patches"]))
     tell("warm", **run_phase(loader, ready, spec["seconds"], None, None))
     counters = counted(loader, spec) if spec["ours"] else {}
     if spec["replays"]:
         counters["replayed"] = replayed(loader, spec)
     tell("counted", **counters)
-    for _ in range(spec["ceiling_rounds"]):
-        alone = ready.alone(spec["seconds"])
-        whole = run_phase(loader, ready, spec["seconds"], None, None)
-        tell("ceiling", decoder=alone, **whole)
+    if spec["ours"] and spec["decode"] == "pixels":
+        tell_ceilings(loader, ready, spec)
 
 
 def counted(loader: Any, spec: Spec) -> dict[str, Any]:
-    """What our loader's parts counted; RuntimeError where what was asked for never engaged."""
-    found = {} if loader.decoder is None else loader.decoder.counters()
-    if found:
-        is_there = found["device"].partition(":")[0] == torch.device(spec["device"]).type
-        if not is_there or (spec["decoding"]["cuda_graph"] and not found["graph_replays"]):
-            raise RuntimeError(f"never engaged: {spec['decoding']} on {spec['device']}: {found}")
-    if spec["resident"]:
+    """What our loader's parts counted; InputError where what was asked for never engaged."""
+    from latentds_tools.bench.harness import engaged
+
+    found = {} if loader.decoder is None else engaged(loader.decoder)
+    if spec["peer"] == "latentds-resident":
         found |= {"gathered": loader.resident.gathered, "held": str(loader.resident.codes.device)}
         if not loader.resident.gathered:
             raise RuntimeError(f"never engaged: nothing was gathered: {found}")
     return found
+
+
+def tell_ceilings(loader: Any, ready: Callable[[Any], Labelled], spec: Spec) -> None:
+    """Rates of decoding one batch again and again, and of the loader, in turn."""
+    from latentds_tools.bench.harness import sustained
+
+    decoder, codes = make_decoder(spec), next(iter(loader)).codes.clone()
+    for _ in range(CEILING_ROUNDS):
+        alone = sustained(lambda: decoder(codes), spec["seconds"], len(codes), spec["device"])
+        whole = run_phase(loader, ready, spec["seconds"], None, None)
+        rate = whole["patches"] / whole["seconds"]
+        tell("ceiling", decoder=alone["patches_per_s"], end_to_end=rate)
 
 
 def replayed(loader: Any, spec: Spec) -> int:
@@ -88,16 +95,6 @@ def tell(event: str, **values: Any) -> None:
     sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
     sys.stdout.flush()
     sys.stdin.readline()
-
-
-def versions(distribution: str) -> dict[str, str]:
-    import importlib.metadata
-
-    found = dict.fromkeys((distribution, "torch", "numpy"), "?")
-    for name in found:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def run_phase(
@@ -130,46 +127,25 @@ def run_phase(
             return {"patches": patches, "seconds": now, "first_batch_s": first}
 
 
-class Ready:
-    """Batches as a model takes them: codes uint8, latents or images float, on the device."""
+def make_ready(spec: Spec) -> Callable[[Any], Labelled]:
+    """A function of a batch to codes uint8, latents or images float, and labels, on the device."""
+    device, decode = torch.device(spec["device"]), spec["decode"]
+    if spec["ours"]:  # its loader has done all of it
+        field = "images" if decode == "pixels" else decode
+        return lambda batch: (getattr(batch, field), batch.labels)
+    convert = None
+    if decode == "latents":
+        convert = make_lookup(spec, device)
+    elif decode == "pixels" and not spec["images"]:
+        convert = make_decoder(spec)
 
-    def __init__(self, spec: Spec) -> None:
-        self.spec, self.device = spec, torch.device(spec["device"])
-        self.decode, self.last = spec["decode"], torch.zeros(0)
-        if spec["ours"] or spec["images"]:
-            return
-        if self.decode == "latents":
-            self.latents = make_lookup(spec, self.device)
-        if self.decode == "pixels":
-            self.decoder = make_decoder(spec)
+    def ready(batch: Labelled) -> Labelled:
+        values, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+        if spec["images"]:
+            return values.float() / 255, labels
+        return (convert(values) if convert else values), labels
 
-    def __call__(self, batch: Any) -> Labelled:
-        if self.spec["ours"]:  # its loader has done all of it
-            self.last = batch.codes
-            shown = {"codes": batch.codes, "latents": batch.latents, "pixels": batch.images}
-            return shown[self.decode], batch.labels
-        images, labels = batch
-        images = images.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        self.last = images
-        if self.spec["images"]:
-            return images.float() / 255, labels
-        if self.decode == "latents":
-            return self.latents(images), labels
-        return (self.decoder(images) if self.decode == "pixels" else images), labels
-
-    def alone(self, seconds: float) -> float:
-        """Patches a second of decoding the last batch again and again."""
-        if not hasattr(self, "decoder"):
-            self.decoder = make_decoder(self.spec)
-        self.decoder(self.last)
-        patches, started = 0, time.perf_counter()
-        while (now := time.perf_counter() - started) < seconds:
-            self.decoder(self.last)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            patches += len(self.last)
-        return patches / now
+    return ready
 
 
 def make_lookup(spec: Spec, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

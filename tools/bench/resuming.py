@@ -10,14 +10,13 @@ import operator
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 AHEAD = 2  # batches a run still gets between its checkpoint and its end
-SHARDS = 16
 SEED = 0
 LENGTH_LIMIT = 3  # epochs' worth of samples, behind which a loader is taken to be endless
 
@@ -26,10 +25,8 @@ Batches = list[list[int]]
 
 
 def main() -> None:
-    """Run a phase, or write a peer's files, as the JSON in the first argument says."""
+    """Run a phase as the JSON in the first argument says."""
     spec = json.loads(sys.argv[1])
-    if spec["phase"] == "write":
-        return WRITERS[spec["peer"]](spec)
     distributed = spec["ranks"] > 1
     if distributed:
         torch.distributed.init_process_group("gloo")
@@ -126,7 +123,7 @@ def datasets_loader(spec: Spec) -> Any:
     rows = rows.shuffle(seed=SEED, buffer_size=spec["buffer"])
     rows = split_dataset_by_node(rows, rank=rank(), world_size=spec["ranks"])
     return plain_loader(StatefulDataLoader, rows, spec), lambda batch: [
-        row["number"] for row in batch
+        row["label"] for row in batch
     ]
 
 
@@ -149,7 +146,7 @@ def mds_loader(spec: Spec) -> Any:
     data = StreamingDataset(local=spec["folder"], shuffle=True, **options)
     # Its own collating: the state counts the samples of a batch by the form that this gives.
     options = {"batch_size": spec["batch_size"], "num_workers": spec["workers"]}
-    return StreamingDataLoader(data, **options), lambda batch: batch["number"]
+    return StreamingDataLoader(data, **options), operator.itemgetter("label")
 
 
 def litdata_loader(spec: Spec) -> Any:
@@ -157,7 +154,7 @@ def litdata_loader(spec: Spec) -> Any:
 
     data = StreamingDataset(spec["folder"], shuffle=True, seed=SEED, drop_last=False)
     options = {"batch_size": spec["batch_size"], "num_workers": spec["workers"], "shuffle": True}
-    return StreamingDataLoader(data, **options), list
+    return StreamingDataLoader(data, **options), operator.itemgetter("label")
 
 
 BUILDERS: dict[str, Callable[[Spec], Any]] = {
@@ -168,59 +165,6 @@ BUILDERS: dict[str, Callable[[Spec], Any]] = {
     "torchdata": torchdata_loader,
     "mds": mds_loader,
     "litdata": litdata_loader,
-}
-
-
-def shards_of(spec: Spec) -> Iterator[tuple[int, range]]:
-    each = -(-spec["samples"] // SHARDS)
-    for number, start in enumerate(range(0, spec["samples"], each)):
-        yield number, range(start, min(start + each, spec["samples"]))
-
-
-def write_webdataset(spec: Spec) -> None:
-    import webdataset as wds
-
-    for shard, numbers in shards_of(spec):
-        with wds.TarWriter(f"{spec['folder']}/{shard:06d}.tar", mtime=0) as writer:
-            for number in numbers:
-                writer.write({"__key__": f"{number:09d}", "cls": number})
-
-
-def write_parquet(spec: Spec) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for shard, numbers in shards_of(spec):
-        pq.write_table(pa.table({"number": list(numbers)}), f"{spec['folder']}/{shard:06d}.parquet")
-
-
-def write_mds(spec: Spec) -> None:
-    from streaming import MDSWriter
-
-    # 8 bytes a sample, 4 of the index: as many shards as the others have, about.
-    limit = 12 * spec["samples"] // SHARDS
-    with MDSWriter(out=spec["folder"], columns={"number": "int"}, size_limit=limit) as writer:
-        for number in range(spec["samples"]):
-            writer.write({"number": number})
-
-
-def write_litdata(spec: Spec) -> None:
-    from litdata.streaming.writer import BinaryWriter
-
-    writer = BinaryWriter(spec["folder"], chunk_size=-(-spec["samples"] // SHARDS))
-    for number in range(spec["samples"]):
-        writer[number] = number
-    writer.done()
-    writer.merge()
-
-
-WRITERS: dict[str, Callable[[Spec], None]] = {
-    "webdataset": write_webdataset,
-    "webdataset-stateful": write_webdataset,
-    "datasets": write_parquet,
-    "torchdata": lambda _: None,  # its samples are their own numbers
-    "mds": write_mds,
-    "litdata": write_litdata,
 }
 
 

@@ -113,6 +113,14 @@ def test_a_loader_that_dies_is_told_by_its_last_words(tmp_path):
         )
 
 
+def test_a_comparison_without_any_figures_fails(monkeypatch, capsys):
+    report = {"results": [{"peer": "latentds", "error": "no room"}]}
+    monkeypatch.setattr(bench_loader, "measure", lambda config: report)
+    with pytest.raises(InputError, match="no room"):
+        bench_loader.run(bench_loader.Config(against="none", json=True))
+    assert "no room" in capsys.readouterr().out
+
+
 def test_counters_of_the_warm_phase_begin_behind_its_first_batch(monkeypatch):
     told, made = [], []
     monkeypatch.setattr(peers, "tell", lambda event: told.append((event, len(made))))
@@ -205,14 +213,14 @@ def test_bench_loader_writes_jpegs_and_measures_the_decoder(tmp_path, capsys):
 
 
 def test_bench_scale_looks_at_an_opening(shared_dataset):
-    seen = bench_scale.look(shared_dataset, 100, 2)
+    seen = bench_scale.look(shared_dataset)
     assert seen["state_bytes"] < 1024 and 0 < seen["open_s"] < seen["first_batch_s"]
     assert min(seen["save_ms"], seen["load_ms"]) > 0
 
 
 @pytest.mark.slow
 def test_bench_scale_tells_every_size(tmp_path, capsys):
-    words = ["--patches", 600, 70_000, "--written", 1000, "--rounds", 1, "--batches", 2, "--json"]
+    words = ["--patches", 600, 70_000, "--written", 1000, "--rounds", 1, "--json"]
     rows = call(capsys, "bench", "scale", *words)
     assert [row["patches"] for row in rows] == [600, 70_000]
     assert all(row["state_bytes"] < 1024 and row["first_batch_s"] > 0 for row in rows)

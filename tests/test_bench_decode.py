@@ -118,7 +118,9 @@ def test_an_option_that_never_engages_is_told_and_is_a_failure(capsys, monkeypat
     options = "float32,bfloat16 channels_last compile"
     with pytest.raises(SystemExit, match="1"):
         cli.main(["bench", "decode", *words, options, "--json", *map(str, QUICK)])
-    plain, compiled = json.loads(capsys.readouterr().out)["rows"]
+    said = capsys.readouterr()
+    assert f"turbo-s, {options.split(',')[1]}: never engaged" in said.err
+    plain, compiled = json.loads(said.out)["rows"]
     assert plain["patches_per_s"] > 0 and plain["graph_replays"] == 0
     assert compiled["error"].startswith("never engaged: torch.compile failed")
 

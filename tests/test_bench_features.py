@@ -23,8 +23,8 @@ def call(capsys, *words, code: int = 0) -> str:
     return captured.err if code else captured.out
 
 
-def test_cost_is_that_of_the_same_round(capsys, tmp_path):
-    report = json.loads(call(capsys, *QUICK, "--work", tmp_path, "--json"))
+def test_cost_is_that_of_the_same_round(capsys):
+    report = json.loads(call(capsys, *QUICK, "--json"))
     (row,) = report["rows"]
     rates = [row[f"{name}_patches_per_s"] for name in ("embedder_alone", "from_latents",
                                                        "with_files", "decoder_alone")]  # fmt: skip
@@ -32,7 +32,7 @@ def test_cost_is_that_of_the_same_round(capsys, tmp_path):
     low, high = row["from_latents_cost_range"]
     assert low <= row["from_latents_cost_percent"] <= high
     assert report["weights"] == "random" and report["config"]["precision"] == "float32"
-    assert report["machine"]["torch"] == torch.__version__ and list(tmp_path.iterdir()) == []
+    assert report["machine"]["torch"] == torch.__version__
 
 
 def test_the_table_is_markdown(capsys):

@@ -111,11 +111,6 @@ def test_tests_are_counted_as_pytest_tells_them(tmp_path):
     assert outcomes["tests"]["status"] == "failed"
 
 
-def test_options_that_never_engaged_are_the_reason():
-    row = {"decoder": "tiny", "options": "compile", "error": "no compiler", "never_engaged": True}
-    assert bench_gpu.never_engaged({"rows": [row]}) == "tiny, compile: no compiler"
-
-
 def test_a_wheel_has_no_tests(monkeypatch, tmp_path):
     monkeypatch.setattr("latentds.__file__", str(tmp_path / "latentds" / "__init__.py"))
     assert "a wheel has none" in gpu_parts.tests_part(is_gpu=True).why_not()
@@ -174,14 +169,6 @@ def test_a_folder_of_others_is_left_alone(tmp_path):
     with pytest.raises(InputError, match=r"not empty \(work\); choose another --out"):
         bench_gpu.measure(bench_gpu.Config(out=tmp_path, device="cpu", overwrite=True))
     assert (tmp_path / "work" / "mine.txt").read_text() == "mine"
-
-
-def test_a_part_of_which_nothing_came_to_figures_failed(tmp_path):
-    rows = '{"results": [{"error": "no room"}, {"error": "none either"}]}'
-    outcomes = run(tmp_path, python("loader", f"print({rows!r})"))
-    assert statuses(outcomes) == {"loader": "failed"} and outcomes["loader"]["reason"] == "no room"
-    mixed = '{"results": [{"error": "no room"}, {"rate": 1}]}'
-    assert statuses(run(tmp_path, python("loader", f"print({mixed!r})"))) == {"loader": "done"}
 
 
 def test_parts_have_a_temporary_folder_of_a_short_path_that_goes_with_them(tmp_path):

@@ -1,13 +1,15 @@
 """bench step: real models, views, decoders and loaders in miniature; costs of the same round."""
 
+import functools
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from latentds_tools import cli
 from latentds_tools.bench import bench_step, harness, step_feeding
+from latentds_tools.bench.step_config import random_patches
+from latentds_tools.bench.synthetic import write_synthetic
 
 from latentds.errors import InputError
 from latentds.loading import augmenting
@@ -34,15 +36,12 @@ def call(capsys, *words, code: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
-    """A report and the folder it worked in."""
-    work = tmp_path_factory.mktemp("work")
-    return bench_step.measure(bench_step.Config(**OPTIONS, **SIZES, work=work)), work
+def report() -> dict:
+    return bench_step.measure(bench_step.Config(**OPTIONS, **SIZES))
 
 
-def test_costs_are_those_of_the_same_round(measured):
-    report, work = measured
-    assert list(report["steps"]) == STEPS and list(work.iterdir()) == []
+def test_costs_are_those_of_the_same_round(report):
+    assert list(report["steps"]) == STEPS
     assert set(report["alone"]) == {bench_step.READ, bench_step.VIEWS, bench_step.DECODE}
     assert all(row["patches_per_s"] > 0 for row in report["steps"].values())
     low, high = report["loader_over_cached_views"]["percent_range"]
@@ -58,17 +57,6 @@ def test_the_table_is_markdown(capsys):
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 6 and len({line.count("|") for line in table}) == 1
     assert "tiny (loaded weights, float32)" in text and "% of decoding and views hidden" in text
-
-
-@pytest.mark.parametrize(
-    "method",
-    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("dinov2", "mae")), "supervised"],
-)
-def test_other_methods_are_measured(capsys, method):
-    words = (*QUICK, "--method", method, "--rounds", 1, "--json")
-    report = json.loads(call(capsys, *words))
-    assert report["steps"][bench_step.LOADER]["ms"] > 0
-    assert report["config"]["locals"] == (2 if method == "dinov2" else 0)
 
 
 def test_latents_are_fed_without_decoding(capsys):
@@ -102,7 +90,8 @@ def test_a_converted_set_is_read_with_its_own_decoder(capsys, tmp_path):
 
 
 def test_a_set_smaller_than_a_batch_is_named(capsys, tmp_path):
-    words = (*QUICK, "--patches", 1, "--work", tmp_path)
+    write_synthetic(tmp_path / "set", 1, shape=(4, 4, 4), patch_px=32)
+    words = (tmp_path / "set", *QUICK, "--decoder", "turbo-s")
     assert "a smaller --batch-size" in call(capsys, *words, code=1)
 
 
@@ -131,24 +120,27 @@ def test_a_decoder_for_a_set_that_is_not_decoded_is_wrong_usage(capsys):
 def test_a_gpu_has_the_defaults_of_a_gpu():
     config = bench_step.with_defaults(bench_step.Config(), is_gpu=True)
     assert config.arch == "vit_small_patch16_224" and config.dtype == "bfloat16"
-    assert config.patches == 128 * (3 + 3 * (30 + 3) + 8)
-    given = bench_step.Config(arch="vit_large_patch16_224", batch_size=64, method="mae")
+    assert random_patches(config, is_gpu=True) == 128 * (3 + 3 * (30 + 3) + 8)
+    given = bench_step.Config(arch="vit_large_patch16_224", batch_size=64)
     found = bench_step.with_defaults(given, is_gpu=True)
     assert (found.arch, found.batch_size) == (given.arch, 64)
-    assert (found.globals, found.locals) == (1, 0)
 
 
 def test_every_second_round_runs_backwards():
     seen: list[str] = []
-    ways = [harness.Way(name, lambda name=name: seen.append(name)) for name in "ab"]
-    harness.run_rounds(ways, 2, torch.device("cpu"), lead=1)
+    cases = []
+    for name in "ab":
+        work = functools.partial(seen.append, name)
+        cases.append(harness.Case({}, functools.partial(harness.timed, work, "cpu", lead=1)))
+    harness.run_cases(cases, 2)
     assert "".join(seen) == "aabb" + "bbaa"  # a step of each before its clock
-    assert [len(way.seconds) for way in ways] == [2, 2]
+    assert [len(case.rounds) for case in cases] == [2, 2]
 
 
 def test_hidden_time_is_what_the_parts_take_less_what_was_added():
-    step, loaded, part = (harness.Way(name, int, [seconds]) for name, seconds in
-                          (("step", 1.0), ("loader", 1.1), ("decoding", 0.4)))  # fmt: skip
+    step, loaded, part = (
+        harness.Case({}, dict, [{"seconds": seconds}]) for seconds in (1.0, 1.1, 0.4)
+    )
     found = bench_step.overlap(step, loaded, [part])
     assert found["one_after_another_ms"] == pytest.approx(1400)
     assert found["hidden_percent"] == pytest.approx(75)

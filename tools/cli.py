@@ -157,7 +157,7 @@ COMMANDS = {
     "bench shuffle": Command(
         "bench.bench_shuffle",
         "measure how far an order is from uniform, and what ranks read",
-        ("split", "global_batch_size"),
+        ("global_batch_size",),
         ("crc/", "crc/ --global-batch-size 1024 --json"),
     ),
     "bench loader": Command(
@@ -193,7 +193,7 @@ COMMANDS = {
     "bench step": Command(
         "bench.bench_step",
         "measure what loading and decoding add to a training step",
-        ("arch", "method", "device", "batch_size", "steps"),
+        ("arch", "device", "batch_size", "steps"),
         ("", "--arch vit_small --device cuda --json"),
     ),
     "bench gpu": Command(

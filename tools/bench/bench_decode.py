@@ -9,6 +9,8 @@ from latentds_tools.bench import harness
 from latentds_tools.bench.decode_config import Config
 from latentds_tools.reports.commands import listed, show
 
+from latentds.errors import InputError
+
 COLUMNS: dict[str, harness.Column] = {
     "decoder": ("decoder", ""),
     "weights": ("weights", ""),
@@ -28,11 +30,13 @@ COLUMNS: dict[str, harness.Column] = {
 }
 
 
-def run(config: Config) -> int:
-    """Print the table; exit code 1 where an option never engaged, which its row says."""
+def run(config: Config) -> None:
+    """Print the table; InputError where an option never engaged, which its row says."""
     report = measure(config)
     show(report, config.json, as_text)
-    return int(any("never_engaged" in row for row in report["rows"]))
+    for row in report["rows"]:
+        if "never_engaged" in row:
+            raise InputError(f"{row['decoder']}, {row['options']}: {row['error']}")
 
 
 def measure(config: Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from latentds_tools.bench import harness
-from latentds_tools.bench.harness import Way
+from latentds_tools.bench.harness import Case
 from latentds_tools.reports.commands import check_known, show
 
 from latentds.errors import InputError
@@ -60,8 +60,6 @@ class Config:
     """Compile the decoder, as 'latentds features --decode-compile' does."""
     rounds: int = 3
     """Rounds in which everything is measured in turn; medians are reported."""
-    work: Path | None = None
-    """Folder for the data set and the feature files. By default a temporary one."""
     json: bool = False
     """Print JSON."""
 
@@ -103,7 +101,7 @@ def measure(config: Config) -> dict[str, Any]:
     name = str(config.embedder)
     is_random = name.startswith("timm:") and "@" not in name
     embedder = random_embedder(name) if is_random else load_embedder(name)
-    with tempfile.TemporaryDirectory(dir=config.work) as work, harness.no_fallback():
+    with tempfile.TemporaryDirectory() as work, harness.no_fallback():
         folder = Path(work)
         write_set(folder, config)
         rows = [
@@ -186,14 +184,17 @@ def open_bench(
 
 def measure_size(bench: Bench, rounds: int) -> dict[str, Any]:
     """Medians of one batch size; the cost is that of the same round's embedder alone."""
-    timed = {ALONE: embed_cached, LOADED: embed_latents, WRITTEN: write_files, DECODED: decode}
-    ways = {name: Way(name, functools.partial(once, bench)) for name, once in timed.items()}
+    works = {ALONE: embed_cached, LOADED: embed_latents, WRITTEN: write_files, DECODED: decode}
     size, total = bench.options.batch_size, len(bench.patches)
+    ways = {}
+    for name, work in works.items():
+        once = functools.partial(harness.timed, functools.partial(work, bench), bench.device)
+        ways[name] = Case({"what": name, "batch": f"batches of {size}"}, once)
     for name in (ALONE, LOADED):  # first batches choose kernels and fill pools
-        ways[name].run(1, bench.device)
-    harness.run_rounds(list(ways.values()), rounds, bench.device, title=f"batches of {size}, ")
+        ways[name].once()
+    harness.run_cases(list(ways.values()), rounds)
     row: dict[str, Any] = {"batch_size": size, "decoded_on": str(bench.cached.device)}
-    row |= {f"{name}_patches_per_s": total / way.median for name, way in ways.items()}
+    row |= {f"{name}_patches_per_s": total / way.seconds for name, way in ways.items()}
     for name in (LOADED, WRITTEN):
         found = harness.cost(ways[name], ways[ALONE])
         row |= {

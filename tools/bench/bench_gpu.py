@@ -170,13 +170,13 @@ def run_part(part: GpuPart, limit: float, work: Path) -> dict[str, Any]:
             except subprocess.TimeoutExpired:
                 code = None
     report = read_report(part, printed)
-    status = CUT if code is None else DONE if code == 0 and not all_failed(report) else FAILED
-    reason = ""
-    if status == CUT:
-        reason = f"its time was over; {'what it had left is kept' if report else 'nothing is left'}"
-    elif status == FAILED:
+    status, reason = DONE, ""
+    if code is None:
+        left = "what it had left is kept" if report else "nothing is left"
+        status, reason = CUT, f"its time was over; {left}"
+    elif code:
         said = [path.read_text(errors="replace") for path in (log, printed)]
-        reason = never_engaged(report) or all_failed(report) or last_words(*said, most=SHOWN_REASON)
+        status, reason = FAILED, last_words(*said, most=SHOWN_REASON)
     return {"status": status, "reason": reason, "seconds": time.monotonic() - started,
             "report": report}  # fmt: skip
 
@@ -194,21 +194,6 @@ def read_report(part: GpuPart, printed: Path) -> Any:
         with contextlib.suppress(ValueError):
             return json.loads(content)
     return None
-
-
-def never_engaged(report: Any) -> str:
-    """What a decode bench's rows say of options that never ran, with what decoder; or nothing."""
-    rows = report.get("rows", []) if isinstance(report, dict) else []
-    told = [f"{row['decoder']}, {row['options']}: {row['error']}" for row in rows
-            if "never_engaged" in row]  # fmt: skip
-    return "; ".join(told)[:SHOWN_REASON]
-
-
-def all_failed(report: Any) -> str:
-    """The first error of a report of which no row came to figures; nothing where one did."""
-    rows = report.get("results", []) if isinstance(report, dict) else []
-    errors = [str(row["error"]) for row in rows if "error" in row]
-    return errors[0][:SHOWN_REASON] if errors and len(errors) == len(rows) else ""
 
 
 def main(folder: Path) -> None:

@@ -112,8 +112,6 @@ class Config:
     """Rounds in which everything is measured in turn; medians are reported."""
     peer_python: Path | None = None
     """Python of another environment, with torch and what mds, litdata and energon need."""
-    work: Path | None = None
-    """Folder for the peers' files. By default a temporary one."""
     json: bool = False
     """Print JSON."""
 
@@ -153,12 +151,17 @@ def is_foreign(peer: str) -> bool:
 
 
 def run(config: Config) -> None:
-    show(measure(config), config.json, as_text)
+    """Print the table; InputError where no loader came to figures."""
+    report = measure(config)
+    show(report, config.json, as_text)
+    errors = [row["error"] for row in report["results"] if "error" in row]
+    if len(errors) == len(report["results"]):
+        raise InputError(errors[0])
 
 
 def measure(config: Config) -> dict[str, Any]:
     config = harness.on_device(config)
-    with tempfile.TemporaryDirectory(dir=config.work) as work:
+    with tempfile.TemporaryDirectory() as work:
         specs = prepare(config, Path(work))
         cases = [Case(spec, functools.partial(measure_one, config, spec)) for spec in specs]
         harness.run_cases(cases, config.rounds)
@@ -233,11 +236,12 @@ def describe_order(
 
 def describe_peer(peer: str, decode: str, folder: Path, count: int) -> dict[str, Any]:
     stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return dataclasses.asdict(PEERS[peer]) | {
+    return {
         "peer": peer,
+        "decode": decode,
+        **dataclasses.asdict(PEERS[peer]),
         "ours": peer in ("latentds", "latentds-resident"),
         "folder": str(folder),
-        "decode": decode,
         "stored_patches": count,
         "stored_bytes_per_patch": stored / count,
     }

@@ -56,8 +56,6 @@ class Config:
     """Comma-separated, of webdataset, webdataset-stateful, datasets, torchdata, mds, litdata."""
     peer_python: Path | None = None
     """Python of another environment for mds and litdata."""
-    work: Path | None = None
-    """Folder for the peers' files. By default a temporary one."""
     out: Path | None = None
     """Write the report to this JSON file too."""
     json: bool = False
@@ -73,7 +71,7 @@ def run(config: Config) -> None:
     results: list[dict[str, Any]] = []
     report = harness.report_of(config, versions=versions, results=results)
     report["config"] |= {"samples": SAMPLES, "batch_size": BATCH_SIZE}
-    with tempfile.TemporaryDirectory(dir=config.work) as work:
+    with tempfile.TemporaryDirectory() as work:
         for peer in ("latentds", *listed(config.against)):
             results += measure_peer(config, peer, Path(work), versions)
             harness.write_report(config.out, report)

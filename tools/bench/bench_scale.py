@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.bench.harness import Case, Column, row_cells, run_cases
+from latentds_tools.bench.harness import Case, Column, row_cells, run_cases, timed
 from latentds_tools.reports.commands import show
 from latentds_tools.reports.markdown import table
 
 logger = logging.getLogger(__name__)
 STATES = 200  # saved and loaded a set
+BATCH_SIZE, BATCHES = 256, 200  # read before memory is measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,16 +31,8 @@ class Config:
     need 1 GB of disk."""
     written: int = 1_000_000
     """Patches up to which random codes are written (2 KiB each)."""
-    batch_size: int = 256
-    """Patches a batch."""
-    batches: int = 200
-    """Batches to read before memory is measured."""
     rounds: int = 3
     """Rounds in which every set is opened; medians are reported."""
-    location: bool = True
-    """Also open each set as a location (file://) with an empty cache, and count what is fetched."""
-    work: Path | None = None
-    """Folder for the sets. By default a temporary one."""
     json: bool = False
     """Print JSON."""
 
@@ -48,34 +41,30 @@ def run(config: Config) -> None:
     from latentds_tools.bench.synthetic import write_sparse, write_synthetic
 
     cases = []
-    with tempfile.TemporaryDirectory(dir=config.work) as work:
+    with tempfile.TemporaryDirectory() as work:
         for patches in config.patches:
             folder, is_whole = Path(work) / str(patches), patches <= config.written
             logger.info("making a set of %s patches", f"{patches:,}")
             (write_synthetic if is_whole else write_sparse)(folder, patches)
-            once = functools.partial(open_once, folder, config)
+            once = functools.partial(open_once, folder)
             cases.append(Case({"patches": patches, "codes": is_whole}, once))
         run_cases(cases, config.rounds)
     show([case.row() for case in cases], config.json, as_text)
 
 
-def open_once(folder: Path, config: Config) -> dict[str, float]:
-    """`look` in a fresh process, the page cache dropped."""
+def open_once(folder: Path) -> dict[str, float]:
+    """`look` and `count_fetched`, each in a fresh process, the page cache dropped."""
     from latentds_tools.bench.measuring_loaders import drop_page_cache
 
     drop_page_cache(folder)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(look, (folder, config.batch_size, config.batches))
-    if config.location:
-        with (
-            tempfile.TemporaryDirectory(dir=config.work) as cache,
-            multiprocessing.get_context("spawn").Pool(1) as pool,
-        ):
-            found |= pool.apply(count_fetched, (folder, config.batch_size, Path(cache)))
+    found: dict[str, float] = {}
+    for figures in (look, count_fetched):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found |= pool.apply(figures, (folder,))
     return found
 
 
-def count_fetched(folder: Path, batch_size: int, cache: Path) -> dict[str, float]:
+def count_fetched(folder: Path) -> dict[str, float]:
     """What is fetched of a set's location until its first batch is there: MB, requests, packs.
 
     Counted in `Transport.fetch`; tables that are fetched ahead meanwhile count.
@@ -93,15 +82,16 @@ def count_fetched(folder: Path, batch_size: int, cache: Path) -> dict[str, float
         return content
 
     Transport.fetch = counted  # type: ignore[method-assign, assignment]
-    loader = LatentLoader(
-        f"file://{folder.resolve()}",
-        batch_size=batch_size,
-        shuffle=True,
-        decode="codes",
-        cache=CacheConfig(dir=cache),
-    )
-    opened = sum(size for _, size in fetched)
-    next(iter(loader))
+    with tempfile.TemporaryDirectory() as cache:
+        loader = LatentLoader(
+            f"file://{folder.resolve()}",
+            batch_size=BATCH_SIZE,
+            shuffle=True,
+            decode="codes",
+            cache=CacheConfig(dir=Path(cache)),
+        )
+        opened = sum(size for _, size in fetched)
+        next(iter(loader))
     tables = [size for name, size in fetched if not name.startswith("data/")]
     return {
         "opened_mb": opened / 1e6,
@@ -111,42 +101,31 @@ def count_fetched(folder: Path, batch_size: int, cache: Path) -> dict[str, float
     }
 
 
-def look(folder: Path, batch_size: int, batches: int) -> dict[str, float]:
+def look(folder: Path) -> dict[str, float]:
     """Seconds and megabytes of one opening, in this process."""
     from latentds import LatentLoader
 
     before = memory()
     started = time.perf_counter()
-    loader = LatentLoader(folder, batch_size=batch_size, shuffle=True, decode="codes")
+    loader = LatentLoader(folder, batch_size=BATCH_SIZE, shuffle=True, decode="codes")
     opened = time.perf_counter()
     iterator = iter(loader)
     next(iterator)
     first = time.perf_counter()
-    for _ in range(min(batches, len(loader)) - 1):
+    for _ in range(min(BATCHES, len(loader)) - 1):
         next(iterator)
     after = memory()
     state = loader.state_dict()
-    saved, loaded = time_states(loader, state)
+    load = functools.partial(loader.load_state_dict, state)
     return {
         "open_s": opened - started,
         "first_batch_s": first - started,
         "private_mb": (after["RssAnon"] - before["RssAnon"]) / 1e6,
         "mapped_mb": (after["RssFile"] - before["RssFile"]) / 1e6,
-        "save_ms": saved * 1e3,
-        "load_ms": loaded * 1e3,
+        "save_ms": 1e3 * timed(loader.state_dict, "cpu", steps=STATES)["seconds"],
+        "load_ms": 1e3 * timed(load, "cpu", steps=STATES)["seconds"],
         "state_bytes": len(json.dumps(state)),
     }
-
-
-def time_states(loader: Any, state: dict[str, Any]) -> tuple[float, float]:
-    """Seconds that saving and loading a state take."""
-    started = time.perf_counter()
-    for _ in range(STATES):
-        loader.state_dict()
-    saved = time.perf_counter()
-    for _ in range(STATES):
-        loader.load_state_dict(state)
-    return (saved - started) / STATES, (time.perf_counter() - saved) / STATES
 
 
 def memory() -> dict[str, int]:

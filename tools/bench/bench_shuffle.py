@@ -31,6 +31,8 @@ READS: dict[str, Column] = {
     "cached packs": ("cached_packs", ","),
     "read over delivered, a node": ("read_over_delivered", ".3f"),
 }
+CACHE_SHARE = 0.1  # of the set's packs in a node's cache; at least two windows of the order
+MAX_PATCHES = 2_000_000  # places of the epoch to look at
 PREFETCH = 2  # batches a DataLoader worker is ahead
 
 
@@ -40,16 +42,8 @@ class Config:
 
     folder: tyro.conf.Positional[Path]
     """Data set."""
-    split: str = "train"
-    """Split to read."""
     global_batch_size: int = 256
     """Patches a global batch."""
-    seed: int = 0
-    """Seed of the orders."""
-    cache_share: float = 0.1
-    """A node's cache, as a share of the split's packs; at least two windows of the order."""
-    max_patches: int = 2_000_000
-    """Places of the epoch to look at, at most."""
     json: bool = False
     """Print JSON."""
 
@@ -57,20 +51,15 @@ class Config:
 def run(config: Config) -> None:
     from latentds import LatentDataset
 
-    data = LatentDataset(
-        config.folder,
-        config.split,
-        order=Order(global_batch_size=config.global_batch_size),
-        shuffle=True,
-        seed=config.seed,
-    )
+    batch = config.global_batch_size
+    data = LatentDataset(config.folder, order=Order(global_batch_size=batch), shuffle=True)
     result = {
         "patches": data.patches,
         "slides": len(data.shards.manifest.slides),
-        "global_batch_size": config.global_batch_size,
-        "orders": compare_orders(config, data),
+        "global_batch_size": batch,
+        "orders": compare_orders(data, batch),
         "reads": [
-            count_reads(config, data, ranks, workers, nodes, lanes)
+            count_reads(data, batch, ranks, workers, nodes, lanes)
             for ranks, workers in TOPOLOGIES
             for nodes, lanes in ([(1, 1)] if ranks == 1 else [(1, 1), (2, 1), (2, 2)])
         ],
@@ -78,12 +67,12 @@ def run(config: Config) -> None:
     show(result, config.json, as_text)
 
 
-def compare_orders(config: Config, data: Any) -> list[dict[str, Any]]:
+def compare_orders(data: Any, batch: int) -> list[dict[str, Any]]:
     """Figures of the stored order, a shuffle buffer, ours, and a uniform shuffle."""
-    count = min(data.patches, config.max_patches)
-    first, end = data.shards.patch_range(config.split)
+    count = min(data.patches, MAX_PATCHES)
+    first, end = data.shards.patch_range("train")
     table = data.shards.patches
-    rng = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(0)
     orders = {
         "stored": np.arange(first, first + count),
         f"shuffle buffer of {BUFFER:,}": first + buffered(np.arange(count), rng),
@@ -92,8 +81,7 @@ def compare_orders(config: Config, data: Any) -> list[dict[str, Any]]:
     }
     slides, labels = table["slide"][first:end], table["label"][first:end]
     return [
-        {"order": name}
-        | measure(rows - first, slides, labels, config.global_batch_size, end - first)
+        {"order": name} | measure(rows - first, slides, labels, batch)
         for name, rows in orders.items()
     ]
 
@@ -109,7 +97,7 @@ def buffered(places: np.ndarray, rng: Any) -> np.ndarray:
 
 
 def measure(
-    positions: np.ndarray, slides: np.ndarray, labels: np.ndarray, batch: int, size: int
+    positions: np.ndarray, slides: np.ndarray, labels: np.ndarray, batch: int
 ) -> dict[str, float]:
     """Figures of one order.
 
@@ -131,12 +119,12 @@ def measure(
         "same_slide": float(np.mean(shown[1:] == shown[:-1])),
         "slides": float(np.mean([len(np.unique(part)) for part in groups])) if batches else 0.0,
         "label_distance": float(np.mean(distances)) if batches else 0.0,
-        "displacement": float(np.mean(np.abs(positions - np.arange(len(positions)))) / size),
+        "displacement": float(np.mean(np.abs(positions - np.arange(len(positions)))) / len(labels)),
     }
 
 
 def count_reads(
-    config: Config, data: Any, ranks: int, workers: int, nodes: int, lanes: int
+    data: Any, batch: int, ranks: int, workers: int, nodes: int, lanes: int
 ) -> dict[str, Any]:
     """Bytes fetched over bytes delivered, of the node that fetches most.
 
@@ -145,13 +133,11 @@ def count_reads(
     """
     from latentds.loading.order import Batching
 
-    batching = Batching(
-        size=data.patches, global_batch=config.global_batch_size, ranks=ranks, lanes=lanes
-    )
+    batching = Batching(size=data.patches, global_batch=batch, ranks=ranks, lanes=lanes)
     shards, size = data.shards, data.shards.manifest.contract.bytes_per_patch
     window = -(-data.sampler.layout.window // data.sampler.layout.usual)
-    capacity = max(int(len(data.sampler.layout) * config.cache_share), 2 * window * lanes)
-    batches = min(len(batching), config.max_patches // config.global_batch_size)
+    capacity = max(int(len(data.sampler.layout) * CACHE_SHARE), 2 * window * lanes)
+    batches = min(len(batching), MAX_PATCHES // batch)
     shares = []
     for node in range(nodes):
         cache: OrderedDict[int, None] = OrderedDict()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentds_tools.bench import harness
-from latentds_tools.bench.harness import Way
+from latentds_tools.bench.harness import Case
 from latentds_tools.bench.step_config import LEAD, Config, with_defaults
 from latentds_tools.reports.commands import show
 
@@ -39,15 +39,21 @@ def measure(config: Config) -> dict[str, Any]:
     config = with_defaults(config, device.type == "cuda")
     assert config.batch_size is not None and config.steps is not None
     lead = LEAD[device.type == "cuda"]
-    with tempfile.TemporaryDirectory(dir=config.work) as work, harness.no_fallback():
+    with tempfile.TemporaryDirectory() as work, harness.no_fallback():
         source = open_source(config, Path(work))
         with Feeding(source, config, device) as feeding:
-            ways = make_ways(feeding)
-            for way in ways.values():  # kernels are chosen, compiled and captured; pools fill
-                way.run(max(lead, 1), device)
+            steps = make_steps(feeding)
+            for once in steps.values():  # kernels are chosen, compiled and captured; pools fill
+                harness.timed(once, device, steps=max(lead, 1))
             feeding.counters()  # before minutes are spent on what does not engage
-            timed = list(ways.values())
-            harness.run_rounds(timed, config.rounds, device, steps=config.steps, lead=lead)
+            time_steps = functools.partial(
+                harness.timed, device=device, steps=config.steps, lead=lead
+            )
+            ways = {
+                name: Case({"step": name}, functools.partial(time_steps, once))
+                for name, once in steps.items()
+            }
+            harness.run_cases(list(ways.values()), config.rounds)
             facts, counters = feeding.facts(), feeding.counters()
     facts |= {"decoder": source.decoder, "weights": source.weights}
     return harness.report_of(
@@ -55,9 +61,9 @@ def measure(config: Config) -> dict[str, Any]:
     )
 
 
-def make_ways(feeding: Any) -> dict[str, Way]:
+def make_steps(feeding: Any) -> dict[str, Callable[[], object]]:
     """What is timed, by name: steps, then the parts of a loader alone."""
-    timed = {
+    timed: dict[str, Callable[[], object]] = {
         STEP: feeding.step_on_cached_views,
         VIEWS_TOO: functools.partial(feeding.step_on_cached_images, feeding.views),
         LOADER: feeding.step_on_loader,
@@ -69,10 +75,10 @@ def make_ways(feeding: Any) -> dict[str, Way]:
         timed[REPLAYED] = functools.partial(feeding.make_views, feeding.replayed)
     if feeding.has_decoder:
         timed[DECODE] = feeding.decode
-    return {name: Way(name, once) for name, once in timed.items()}
+    return timed
 
 
-def summarize(ways: dict[str, Way], batch_size: int) -> dict[str, Any]:
+def summarize(ways: dict[str, Case], batch_size: int) -> dict[str, Any]:
     """Times, costs and the arithmetic of what ran at the same time."""
     steps = [name for name in (STEP, VIEWS_TOO, REPLAYED_TOO, LOADER) if name in ways]
     times = {name: describe_time(way, batch_size) for name, way in ways.items()}
@@ -90,30 +96,31 @@ def summarize(ways: dict[str, Way], batch_size: int) -> dict[str, Any]:
     }
 
 
-def describe_time(way: Way, count: int) -> dict[str, Any]:
+def describe_time(case: Case, count: int) -> dict[str, Any]:
     """Milliseconds a step and things a second, `count` a step, of the middle round and of all."""
+    peak = max(figures["peak"] for figures in case.rounds)
     return {
-        "ms": 1000 * way.median,
-        "ms_range": [1000 * seconds for seconds in harness.extent(way.seconds)],
-        "patches_per_s": count / way.median,
-        "peak_gb": way.peak / 1e9 if way.peak else None,
+        "ms": 1000 * case.seconds,
+        "ms_range": harness.extent([1000 * figures["seconds"] for figures in case.rounds]),
+        "patches_per_s": count / case.seconds,
+        "peak_gb": peak / 1e9 if peak else None,
     }
 
 
-def overlap(step: Way, loaded: Way, parts: Sequence[Way]) -> dict[str, float]:
+def overlap(step: Case, loaded: Case, parts: Sequence[Case]) -> dict[str, float]:
     """What would be expected if nothing ran at the same time, and how much of it did.
 
     step    on views that are there
     loaded  with the loader
     parts   what the loader does, each alone
     """
-    alone = sum(part.median for part in parts)
-    added = loaded.median - step.median
+    alone = sum(part.seconds for part in parts)
+    added = loaded.seconds - step.seconds
     return {
-        "step_ms": 1000 * step.median,
+        "step_ms": 1000 * step.seconds,
         "parts_ms": 1000 * alone,
-        "one_after_another_ms": 1000 * (step.median + alone),
-        "measured_ms": 1000 * loaded.median,
+        "one_after_another_ms": 1000 * (step.seconds + alone),
+        "measured_ms": 1000 * loaded.seconds,
         "hidden_percent": 100 * (1 - added / alone) if alone else 0.0,
     }
 
@@ -126,7 +133,7 @@ def as_text(report: dict[str, Any]) -> str:
     decoding = f"{source['decoder']} ({source['weights']} weights, {config['dtype']})"
     options = [name for name in ("channels_last", "compile", "cuda_graph") if config[name]]
     head = (
-        f"{harness.machine_text(report['machine'])}; {config['method']} on {config['arch']}, crops "
+        f"{harness.machine_text(report['machine'])}; DINO on {config['arch']}, crops "
         f"{crops}, batch {config['batch_size']}, {config['device']}; "
         + (f"decoder {' '.join([decoding, *options])}" if source["weights"] else "no decoding")
         + f", {source['bytes_per_patch']:,} bytes a patch of {source['patch_px']} px, "

@@ -199,76 +199,50 @@ class Case:
     def sound(self) -> list[dict[str, Any]]:
         return [figures for figures in self.rounds if "error" not in figures]
 
+    @property
+    def seconds(self) -> float:
+        """A step's, of the middle round, of a case that is `timed`."""
+        return statistics.median(figures["seconds"] for figures in self.rounds)
+
     def row(self) -> dict[str, Any]:
         """Head and medians, or the first error where no round is sound."""
         return self.head | (medians(self.sound) if self.sound else self.rounds[0])
 
 
 def run_cases(cases: Sequence[Case], rounds: int, note: Callable[[], object] = int) -> None:
-    """Measure all in turn, round by round.
+    """Measure all in turn; every second round runs backwards, so that drift cancels.
 
     note  called after every measurement, for what is to be left of a run that is cut short
     """
     for number in range(rounds):
-        for case in cases:
+        for case in cases if number % 2 == 0 else reversed(cases):
             told = [text for text in case.head.values() if isinstance(text, str)]
             logger.info("round %d of %d: %s", number + 1, rounds, ", ".join(told[:3]))
             case.rounds.append(case.once())
             note()
 
 
-@dataclasses.dataclass
-class Way:
-    """Something to time.
+def timed(
+    work: Callable[[], object], device: str | torch.device, *, steps: int = 1, lead: int = 0
+) -> dict[str, float]:
+    """Seconds a step takes, and bytes of GPU memory at most, all that the bench holds included.
 
-    once     one step of it
-    seconds  a step takes, one figure a round
-    peak     bytes of GPU memory at most, everything the bench holds included
-    """
-
-    name: str
-    once: Callable[[], object]
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    peak: int = 0
-
-    @property
-    def median(self) -> float:
-        """Seconds a step, of the middle round."""
-        return statistics.median(self.seconds)
-
-    def run(self, steps: int, device: torch.device) -> float:
-        started = time.perf_counter()
-        for _ in range(steps):
-            self.once()
-        synchronize(device)
-        return time.perf_counter() - started
-
-
-def run_rounds(
-    ways: Sequence[Way],
-    rounds: int,
-    device: torch.device,
-    *,
-    steps: int = 1,
-    lead: int = 0,
-    title: str = "",
-) -> None:
-    """Time every way once a round; every second round runs backwards, so that drift cancels.
-
-    lead  steps of a way in every round before the clock starts
+    lead  steps before the clock starts
     """
     import torch
 
-    on_gpu = device.type == "cuda"
-    for number in range(rounds):
-        for way in ways if number % 2 == 0 else list(reversed(ways)):
-            logger.info("%sround %d of %d: %s", title, number + 1, rounds, way.name)
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats(device)
-            way.run(lead, device)
-            way.seconds.append(way.run(steps, device) / steps)
-            if on_gpu:
-                way.peak = max(way.peak, torch.cuda.max_memory_allocated(device))
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(lead):
+        work()
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        work()
+    synchronize(device)
+    seconds = (time.perf_counter() - started) / steps
+    return {"seconds": seconds, "peak": torch.cuda.max_memory_allocated(device) if on_gpu else 0}
 
 
 def medians(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -285,10 +259,10 @@ def extent(values: Sequence[float]) -> list[float]:
     return [min(values), max(values)]
 
 
-def cost(slower: Way, base: Way) -> dict[str, Any]:
-    """Percent that one way takes more than another: of the middle round, least and greatest."""
-    pairs = zip(slower.seconds, base.seconds, strict=True)
-    percents = [100 * (one / other - 1) for one, other in pairs]
+def cost(slower: Case, base: Case) -> dict[str, Any]:
+    """Percent that one case takes more than another: of the middle round, least and greatest."""
+    pairs = zip(slower.rounds, base.rounds, strict=True)
+    percents = [100 * (one["seconds"] / other["seconds"] - 1) for one, other in pairs]
     return {"percent": statistics.median(percents), "percent_range": extent(percents)}
 
 

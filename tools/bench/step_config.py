@@ -20,7 +20,6 @@ CPU = {
     "arch": "vit_tiny_patch16_224", "batch_size": 2, "steps": 1, "out_dim": 4096, "num_workers": 0,
     "dtype": "float32",
 }  # fmt: skip
-ONE_CROP = ("mae", "supervised")  # methods that see one global crop of a patch
 AHEAD = 8  # batches more than are taken: at an epoch's end nothing is decoded ahead
 
 
@@ -28,19 +27,15 @@ AHEAD = 8  # batches more than are taken: at an epoch's end nothing is decoded a
 class Config:
     """Train on cached batches and on the loader's, in turn, on one device.
 
-    The step is a ViT of timm under a method's losses with AdamW, in bfloat16 on a GPU. Its input is
-    cached views, views made of cached images, or the loader, which reads, decodes and makes views.
+    The step is a ViT of timm under DINO's loss with AdamW, in bfloat16 on a GPU. It takes cached
+    views, views made of cached images, or the loader, which reads, decodes and makes views.
     Weights are random, because time does not depend on them.
     """
 
     folder: Annotated[Path | None, tyro.conf.Positional] = None
     """Data set. By default random codes of the decoder's shape."""
-    split: str = "train"
-    """Split to read."""
     arch: str | None = None
     """ViT of timm. By default vit_small_patch16_224 on a GPU, vit_tiny_patch16_224 elsewhere."""
-    method: Literal["dino", "dinov2", "mae", "supervised"] = "dino"
-    """Losses. mae and supervised see one global crop and no local ones."""
     input: Literal["pixels", "latents"] = "pixels"
     """Input of the network: decoded patches, or latents without decoding, through a stem."""
     decoder: str | None = None
@@ -75,22 +70,18 @@ class Config:
     """Prototypes of DINO's heads. By default 65,536 on a GPU, 4,096 elsewhere."""
     patch_size: int = 256
     """Edge of a random patch in pixels."""
-    patches: int | None = None
-    """Random patches. By default as many as all rounds take."""
     steps: int | None = None
     """Steps of every kind in a round. By default 30 on a GPU, 1 elsewhere."""
     rounds: int = 3
     """Rounds in which everything is measured in turn; medians are reported."""
-    work: Path | None = None
-    """Folder for the random set. By default a temporary one."""
     json: bool = False
     """Print JSON."""
 
     def __post_init__(self) -> None:
-        sizes = [self.batch_size, self.steps, self.patches, self.out_dim, self.rounds]
+        sizes = [self.batch_size, self.steps, self.out_dim, self.rounds]
         sizes += [self.globals, self.global_px, self.local_px, self.patch_size]
         if min(1 if size is None else size for size in sizes) < 1:
-            raise ValueError("batch, steps, rounds, patches, crops and sizes are at least 1")
+            raise ValueError("batch, steps, rounds, crops and sizes are at least 1")
         if min(self.locals, self.num_workers or 0) < 0:
             raise ValueError("locals and workers are at least 0")
         if self.decoder and self.folder and self.input == "latents":
@@ -98,10 +89,11 @@ class Config:
 
 
 def with_defaults(config: Config, is_gpu: bool) -> Config:
-    config = for_device(config, is_gpu, GPU, CPU)
-    if config.method in ONE_CROP:
-        config = dataclasses.replace(config, globals=1, locals=0)
+    return for_device(config, is_gpu, GPU, CPU)
+
+
+def random_patches(config: Config, is_gpu: bool) -> int:
+    """As many as all rounds take."""
     assert config.batch_size is not None and config.steps is not None
     lead = LEAD[is_gpu]
-    batches = max(lead, 1) + config.rounds * (config.steps + lead) + AHEAD
-    return dataclasses.replace(config, patches=config.patches or config.batch_size * batches)
+    return config.batch_size * (max(lead, 1) + config.rounds * (config.steps + lead) + AHEAD)

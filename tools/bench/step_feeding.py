@@ -1,5 +1,5 @@
 """A training step as a user's would be, and what feeds it: cached views, images, the loader."""
-# B batch, C channels of images or latents, H W their size, G global crops, T tokens of one
+# B batch, C channels of images or latents, H W their size
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from latentds_tools.bench.decode_networks import check_decoder, find_decoder
 from latentds_tools.bench.harness import engaged
+from latentds_tools.bench.step_config import random_patches
 from latentds_tools.bench.synthetic import random_contract, write_synthetic
 from latentds_tools.reports.commands import picked
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder, latent_cells
 from latentds.core.compiling import Graphed
@@ -26,7 +27,7 @@ from latentds.loading.batch import Batch
 from latentds.loading.decoding import Decode
 from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Order
-from latentds.models.token_masks import global_masks, random_masks
+from latentds.models.self_distillation import SelfDistillation
 from latentds.store.manifest import read_manifest
 from latentds.views.latent_crops import LatentCrops
 from latentds.views.multicrop import MultiCrop
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 CACHED = 2  # batches that lie on the device, used in turn
 TOKEN_PX = 16  # of a patch16 arch: windows of latents start where its tokens do
 TEMPERATURE, MOMENTUM = 0.04, 0.996  # of the teacher; DINO's, and no time depends on them
-DISTILLING = ("dino", "dinov2")
-CLASSES = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,8 @@ def open_source(config: Config, work: Path) -> StepSource:
     if folder is None:
         folder = work / "set"
         shape = (card.channels, *latent_cells((edge, edge), card.factor))
-        write_synthetic(folder, config.patches or 0, shape=shape, patch_px=edge)
+        patches = random_patches(config, config.device.startswith("cuda"))
+        write_synthetic(folder, patches, shape=shape, patch_px=edge)
         if not decodes:
             return StepSource(folder)
         latent_id = random_contract().latent_id
@@ -110,11 +110,10 @@ class Feeding:
     """
 
     def __init__(self, source: StepSource, config: Config, device: torch.device) -> None:
-        patches, batch = read_manifest(source.folder).splits.get(config.split), config.batch_size
-        if patches is not None and patches < (batch or 0):  # an unknown split is the loader's
+        patches, batch = read_manifest(source.folder).splits.get("train"), config.batch_size
+        if patches is not None and patches < (batch or 0):  # without that split the loader refuses
             raise InputError(
-                f"{source.folder}: {patches} patches in split {config.split!r}, a batch is "
-                f"{batch}; a smaller --batch-size"
+                f"{source.folder}: {patches} patches, a batch is {batch}; a smaller --batch-size"
             )
         self.has_decoder = config.input == "pixels"
         codes_loader = open_loader(source, config, device, decode="stored")
@@ -136,8 +135,7 @@ class Feeding:
         held = [self.hold(next(self.codes)) for _ in range(CACHED)]
         self.held_codes = itertools.cycle([codes for codes, _, _ in held])
         self.images = itertools.cycle([(values, seeds) for _, values, seeds in held])
-        made = [(self.views(values, seeds), seeds) for _, values, seeds in held]
-        self.made = itertools.cycle(made)
+        self.made = itertools.cycle([self.views(values, seeds) for _, values, seeds in held])
         self.training = Training(config, stem, device)
 
     def __enter__(self) -> Feeding:
@@ -158,17 +156,17 @@ class Feeding:
 
     def step_on_cached_views(self) -> None:
         """A step of which nothing but the network is timed."""
-        self.training.step(*next(self.made))
+        self.training.step(next(self.made))
 
     def step_on_cached_images(self, views: Making) -> None:
         """A step that makes its views of images, or latents, that lie there."""
         values, seeds = next(self.images)
-        self.training.step(views(values, seeds), seeds)
+        self.training.step(views(values, seeds))
 
     def step_on_loader(self) -> None:
         batch = next(self.batches)
         assert batch.views is not None
-        self.training.step(batch.views, batch.seeds)
+        self.training.step(batch.views)
 
     def read(self) -> None:
         """A batch of codes read and brought to the device."""
@@ -204,7 +202,6 @@ def open_loader(
     """
     return LatentLoader(
         source.folder,
-        config.split,
         batch_size=config.batch_size,
         shuffle=True,
         order=Order(last="drop"),
@@ -224,7 +221,7 @@ def endless(loader: LatentLoader) -> Generator[Batch, None, None]:
 
 def pixel_views(config: Config) -> MultiCrop:
     return MultiCrop.preset(
-        "mae" if config.method == "supervised" else config.method,
+        "dino",
         compile=config.compile_views,
         **picked(config, "globals", "locals", "global_px", "local_px"),
     )
@@ -242,59 +239,28 @@ def latent_views(config: Config, stem: LatentStemConfig) -> LatentCrops:
 
 
 class Training:
-    """A model of random weights and its optimizer; `step` takes views.
+    """DINO's networks of random weights and their optimizer; `step` takes views.
 
     stem  what latents are like where they are the input, None for pixels
     """
 
     def __init__(self, config: Config, stem: LatentStemConfig | None, device: torch.device) -> None:
-        self.method, self.device = config.method, device
-        self.model = build_model(config, stem).to(device)
+        assert config.arch is not None and config.out_dim is not None
+        student, teacher = (
+            build_vit(config.arch, stem=stem, img_px=config.global_px) for _ in range(2)
+        )
+        self.device = device
+        self.model = SelfDistillation(student, teacher, method="dino", out_dim=config.out_dim)
+        self.model.to(device)
         wanted = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(wanted, lr=1e-5, fused=device.type == "cuda")
-        edge = config.global_px // (stem.factor if stem else 1)
-        embedding: Any = getattr(self.model, "backbone", self.model).patch_embed
-        self.grid: tuple[int, int] = embedding.dynamic_feat_size((edge, edge))
 
-    def step(self, views: Views, seeds: Tensor) -> None:
-        """Masks where the method has them, forward, backward, update, and the teacher's."""
+    def step(self, views: Views) -> None:
+        """Forward, backward, update, and the teacher's."""
         self.optimizer.zero_grad(set_to_none=True)
         on_gpu = self.device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext():
-            loss = self.loss(views, seeds)
-        torch.autograd.backward(loss)
+            found = self.model(views, teacher_temp=TEMPERATURE)
+        torch.autograd.backward(found["loss"])
         self.optimizer.step()
-        if self.method in DISTILLING:
-            distilling: Any = self.model
-            distilling.update_teacher(MOMENTUM)
-
-    def loss(self, views: Views, seeds: Tensor) -> Tensor:
-        """The method's loss; labels are made up."""
-        if self.method == "supervised":
-            logits = self.model(views.globals[0]).float()
-            labels = torch.arange(len(logits), device=self.device) % CLASSES
-            return nn.functional.cross_entropy(logits, labels)
-        if self.method == "mae":
-            hidden = random_masks(seeds, self.grid[0] * self.grid[1])
-            found: dict[str, Tensor] = self.model(views.globals[0], hidden)
-        else:
-            hidden = None
-            if self.method == "dinov2":  # bool (G, B, T)
-                hidden = global_masks(seeds, len(views.globals), self.grid)
-            found = self.model(views, teacher_temp=TEMPERATURE, masks=hidden)
-        return found["loss"]
-
-
-def build_model(config: Config, stem: LatentStemConfig | None) -> nn.Module:
-    assert config.arch is not None and config.out_dim is not None
-    options: dict[str, Any] = {"stem": stem, "img_px": config.global_px}
-    if config.method == "supervised":
-        return build_vit(config.arch, **options, num_classes=CLASSES)
-    if config.method == "mae":
-        from latentds.models.masked_autoencoder import MaskedAutoencoder
-
-        return MaskedAutoencoder(build_vit(config.arch, **options))
-    from latentds.models.self_distillation import SelfDistillation
-
-    student, teacher = (build_vit(config.arch, **options) for _ in range(2))
-    return SelfDistillation(student, teacher, method=config.method, out_dim=config.out_dim)
+        self.model.update_teacher(MOMENTUM)

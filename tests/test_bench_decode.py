@@ -9,7 +9,12 @@ import pytest
 import torch
 from latentds_tools import cli
 from latentds_tools.bench import bench_decode, decode_networks, harness, jpeg_decoding
-from latentds_tools.bench.decode_networks import SHAPES, check_decoder, find_decoder, gigaflops
+from latentds_tools.bench.decode_networks import (
+    build_random,
+    check_decoder,
+    find_decoder,
+    gigaflops,
+)
 from latentds_tools.bench.harness import run_cases
 
 from latentds.errors import InputError, UnknownNameError
@@ -58,10 +63,15 @@ def test_the_table_is_markdown_and_names_the_machine(report, capsys, monkeypatch
 
 def test_without_a_jpeg_library_pillow_decodes(monkeypatch):
     monkeypatch.setattr(jpeg_decoding, "LIBRARIES", ())
-    cases = jpeg_decoding.cases(jpegs_of(64)[:1], 0.01, 1, "cpu")
+    cases = jpeg_cases(device="cpu")
     run_cases(cases, 1)
     assert [case.head["decoder"] for case in cases] == ["JPEG, Pillow"]
     assert cases[0].row()["patches_per_s"] > 0
+
+
+def jpeg_cases(**options) -> list[harness.Case]:
+    config = bench_decode.Config(seconds=0.01, cores=1, **options)
+    return jpeg_decoding.picture_cases(lambda: jpeg_decoding.load_patches(None, 64)[:1], config)[0]
 
 
 def jpegs_of(patch_px: int) -> list[bytes]:
@@ -179,10 +189,10 @@ def test_shapes_decode_as_the_published_networks_do(name):
     if name in ("sd15", "sd3", "dcae-f32"):
         pytest.importorskip("diffusers")
     with torch.device("meta"):
-        shape = SHAPES[name]
-        decoder = shape.build().eval()
-    cells = 256 // shape.factor
-    images = decoder(torch.zeros(1, shape.channels, cells, cells, device="meta"))
+        found = build_random(name)
+    decoder, card = found.decoder.eval(), found.card
+    cells = 256 // card.factor
+    images = decoder(torch.zeros(1, card.channels, cells, cells, device="meta"))
     millions = sum(p.numel() for p in decoder.parameters()) / 1e6
     expected = {"sd15": 49.49, "sd3": 49.55, "dcae-f32": 200.18, "taesd": 1.22}
     assert images.shape == (1, 3, 256, 256)
@@ -251,7 +261,7 @@ def test_a_gpu_decoder_that_cannot_run_says_why():
     pytest.importorskip("torchvision")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    case = jpeg_decoding.cases(jpegs_of(64), 0.01, 1, "cuda")[-1]
+    case = jpeg_cases(device="cuda")[-1]
     run_cases([case], 2)
     assert case.row()["options"] == "the GPU" and case.row()["error"] == case.rounds[0]["error"]
 

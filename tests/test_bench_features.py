@@ -45,9 +45,9 @@ def test_the_table_is_markdown(capsys):
 def test_a_gpu_has_the_defaults_of_a_gpu():
     choices = (bench_features.GPU, bench_features.CPU)
     config = for_device(bench_features.Config(), True, *choices)
-    assert config.embedder == "timm:vit_large_patch16_224" and config.precision == "bfloat16"
+    assert config.embedder == "timm:vit_large_patch16_224"
     assert for_device(bench_features.Config(), False, *choices).patches == 64
-    given = bench_features.Config(patches=9, precision="float32")
+    given = bench_features.Config(patches=9)
     assert for_device(given, True, *choices).patches == 9
 
 

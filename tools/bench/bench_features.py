@@ -17,21 +17,12 @@ from latentds_tools.reports.commands import check_known, show
 from latentds.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
     from latentds.embedders import NetworkEmbedder
-    from latentds.evaluation.features.folder_records import FeatureOptions
-    from latentds.evaluation.patchsets.patches import PatchSet
+    from latentds.evaluation.features.embedding_pipeline import Piece
 
-CHANNELS = {8: 4, 32: 32}  # of latents by their factor, as SD-1.5 and DC-AE-f32 have them
-GPU = {
-    "patches": 16_384, "batch_sizes": (256,), "embedder": "timm:vit_large_patch16_224",
-    "precision": "bfloat16",
-}  # fmt: skip
-CPU = {
-    "patches": 64, "batch_sizes": (16,), "embedder": "timm:vit_tiny_patch16_224",
-    "precision": "float32",
-}  # fmt: skip
+GPU = {"patches": 16_384, "batch_sizes": (256,), "embedder": "timm:vit_large_patch16_224"}
+CPU = {"patches": 64, "batch_sizes": (16,), "embedder": "timm:vit_tiny_patch16_224"}
+Precision = Literal["float32", "bfloat16"]
 ALONE, LOADED, WRITTEN, DECODED = "embedder_alone", "from_latents", "with_files", "decoder_alone"
 
 
@@ -40,10 +31,10 @@ class Config:
     """Embed the same number of patches from cached pictures and from latents, in turn."""
 
     embedder: str | None = None
-    """Embedder: timm:NAME with random weights, on which time does not depend, or a loaded one that
-    'latentds features' takes. By default timm:vit_large_patch16_224 on a GPU, else vit_tiny."""
+    """Embedder: timm:NAME, with random weights, on which time does not depend. By default
+    timm:vit_large_patch16_224 on a GPU, else vit_tiny."""
     student: str = "turbo-s"
-    """Decoder, with random weights: turbo-xs, turbo-s, turbo-m, turbo-f32, taesd."""
+    """Decoder, with random weights: turbo-s, turbo-m, turbo-f32, taesd."""
     patches: int | None = None
     """Patches of the random data set. By default 16,384 on a GPU, 64 elsewhere."""
     slides: int = 4
@@ -54,8 +45,6 @@ class Config:
     """Patches embedded at once. By default 256 on a GPU, 16 elsewhere."""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
-    precision: Literal["float32", "bfloat16"] | None = None
-    """Number format of embedder and decoder. By default bfloat16 on a GPU, else float32."""
     compile: bool = False
     """Compile the decoder, as 'latentds features --decode-compile' does."""
     rounds: int = 3
@@ -71,45 +60,23 @@ class Config:
             raise ValueError(f"{self.slides} slides of {self.patches} patches; more patches")
 
 
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """What is measured: the same patches, embedder and device throughout.
-
-    cached  decoded pictures on the device, uint8 (n, 3, H, W), a batch at most
-    """
-
-    patches: PatchSet
-    cached: torch.Tensor
-    embedder: NetworkEmbedder
-    device: torch.device
-    folder: Path
-    options: FeatureOptions
-
-
 def run(config: Config) -> None:
     show(measure(config), config.json, as_text)
 
 
 def measure(config: Config) -> dict[str, Any]:
-    import torch
-
-    from latentds.embedders import load_embedder
-
     config = harness.on_device(config)
-    device = torch.device(config.device)
-    config = harness.for_device(config, device.type == "cuda", GPU, CPU)
-    name = str(config.embedder)
-    is_random = name.startswith("timm:") and "@" not in name
-    embedder = random_embedder(name) if is_random else load_embedder(name)
+    is_gpu = config.device.startswith("cuda")
+    config = harness.for_device(config, is_gpu, GPU, CPU)
+    precision: Precision = "bfloat16" if is_gpu else "float32"
     with tempfile.TemporaryDirectory() as work, harness.no_fallback():
         folder = Path(work)
         write_set(folder, config)
-        rows = [
-            measure_size(open_bench(folder, config, embedder, device, size), config.rounds)
-            for size in config.batch_sizes or ()
-        ]
-    weights = "random" if is_random else "loaded"
-    return harness.report_of(config, weights=weights, rows=rows)
+        bench = Bench(folder, config, precision)
+        rows = [measure_size(bench, size, config.rounds) for size in config.batch_sizes or ()]
+    report = harness.report_of(config, weights="random", rows=rows)
+    report["config"]["precision"] = precision
+    return report
 
 
 def random_embedder(name: str) -> NetworkEmbedder:
@@ -131,126 +98,129 @@ def random_embedder(name: str) -> NetworkEmbedder:
 
 def write_set(folder: Path, config: Config) -> None:
     """A data set of random codes in slides, and a random decoder of such latents."""
+    from latentds_tools.bench.decode_networks import STUDENTS, build_random
     from latentds_tools.bench.synthetic import random_contract, write_synthetic
 
-    from latentds.autoencoders.autoencoder import AutoencoderCard, latent_cells
+    from latentds.autoencoders.autoencoder import latent_cells
     from latentds.autoencoders.decoders import save_decoder
-    from latentds.autoencoders.students import STUDENTS, build_student
 
     check_known("student", [config.student], STUDENTS)
-    factor, edge = STUDENTS[config.student].factor, config.patch_size
-    shape = (CHANNELS[factor], *latent_cells((edge, edge), factor))
-    patches = int(config.patches or 0)
-    write_synthetic(
-        folder / "set", patches, shape=shape, patch_px=edge, a_slide=-(-patches // config.slides)
-    )
-    latent_id = random_contract().latent_id
-    card = AutoencoderCard(
-        name="random", class_name="random", channels=shape[0], factor=factor, latent_id=latent_id
-    )
-    decoder = build_student(config.student, shape[0], factor)
+    found, edge, patches = build_random(config.student), config.patch_size, int(config.patches or 0)
+    card = dataclasses.replace(found.card, latent_id=random_contract().latent_id)
+    shape = (card.channels, *latent_cells((edge, edge), card.factor))
+    a_slide = -(-patches // config.slides)
+    write_synthetic(folder / "set", patches, shape=shape, patch_px=edge, a_slide=a_slide)
     architecture = {"class": "student", "name": config.student}
-    save_decoder(folder / "decoder", decoder, card, architecture, {}, name=config.student)
+    save_decoder(folder / "decoder", found.decoder, card, architecture, {}, name=config.student)
 
 
-def open_bench(
-    folder: Path, config: Config, embedder: NetworkEmbedder, device: torch.device, size: int
-) -> Bench:
-    """The data set opened as 'latentds features' opens it."""
-    import numpy as np
+class Bench:
+    """The same patches, embedder and device throughout, opened as 'latentds features' opens them.
 
-    from latentds.evaluation.features.extraction import DTYPES
-    from latentds.evaluation.features.folder_records import FeatureOptions
-    from latentds.evaluation.patchsets.open_patch_sets import open_patches
-    from latentds.evaluation.patchsets.patch_set import PatchInput
+    options  of the batches that are measured next
+    """
 
-    precision = config.precision or "float32"
-    given = PatchInput(
-        data=folder / "set",
-        decoder=str(folder / "decoder"),
-        device=str(device),
-        decode_dtype=precision,
-        decode_compile=config.compile,
-        keep_mb=0,
-    )
-    patches = open_patches(given)
-    cached = patches.images(np.arange(min(size, len(patches))))
-    if cached.device.type != device.type:
-        raise InputError(f"never engaged: decoding was to be on {device}, not on {cached.device}")
-    embedder.to(device, DTYPES[precision])
-    options = FeatureOptions(batch_size=size, precision=precision)
-    return Bench(patches, cached, embedder, device, folder, options)
+    def __init__(self, folder: Path, config: Config, precision: Precision) -> None:
+        import torch
+
+        from latentds.evaluation.features.extraction import DTYPES
+        from latentds.evaluation.patchsets.open_patch_sets import open_patches
+        from latentds.evaluation.patchsets.patch_set import PatchInput
+
+        given = PatchInput(
+            data=folder / "set",
+            decoder=str(folder / "decoder"),
+            device=config.device,
+            decode_dtype=precision,
+            decode_compile=config.compile,
+            keep_mb=0,
+        )
+        self.folder, self.precision = folder, precision
+        self.device, self.patches = torch.device(config.device), open_patches(given)
+        self.embedder = random_embedder(str(config.embedder))
+        self.embedder.to(self.device, DTYPES[precision])
+
+    def take(self, size: int) -> None:
+        """Measure batches of so many patches from here on."""
+        import numpy as np
+
+        from latentds.evaluation.features.folder_records import FeatureOptions
+
+        self.options = FeatureOptions(batch_size=size, precision=self.precision)
+        self.cached = self.patches.images(np.arange(min(size, len(self.patches))))
+        if self.cached.device.type != self.device.type:
+            raise InputError(
+                f"never engaged: decoding was to be on {self.device}, not on {self.cached.device}"
+            )
+
+    def embed_cached(self) -> None:
+        """Embed one batch of decoded pictures over and over, as many patches as the set has."""
+        import numpy as np
+
+        from latentds.evaluation.features.embedding_pipeline import Piece
+
+        size, total = self.options.batch_size, len(self.patches)
+        parts = (self.cached[: min(size, total - start)] for start in range(0, total, size))
+        self.embed(Piece(None, np.empty((len(part), 2), np.int64), images=part) for part in parts)
+
+    def embed_latents(self) -> None:
+        """Read, decode and embed the set as an extraction does, without writing."""
+        self.embed(self.read())
+
+    def embed(self, pieces: Iterator[Piece]) -> None:
+        """Embed pieces and bring the features to the host."""
+        from latentds.evaluation.features.embedding_pipeline import embed_pieces
+
+        with contextlib.closing(embed_pieces(pieces, [self.embedder], self.device)) as embedded:
+            for piece in embedded:
+                if piece.error is not None:
+                    raise piece.error
+
+    def read(self) -> Iterator[Piece]:
+        """Read and decode the set."""
+        from latentds.evaluation.features.extraction import read_slides
+
+        return read_slides(self.patches, self.patches.slides(), self.options)
+
+    def decode(self) -> None:
+        """Read and decode the set, without embedding."""
+        for piece in self.read():
+            if piece.error is not None or piece.images is None:
+                raise piece.error or AssertionError("no images")
+
+    def write_files(self) -> None:
+        from latentds.evaluation.features.extraction import extract_features
+
+        with tempfile.TemporaryDirectory(dir=self.folder) as out:
+            extract_features(
+                self.patches, {Path(out): self.embedder}, self.options, device=self.device,
+                rank=0, world_size=1,
+            )  # fmt: skip
 
 
-def measure_size(bench: Bench, rounds: int) -> dict[str, Any]:
+def measure_size(bench: Bench, size: int, rounds: int) -> dict[str, Any]:
     """Medians of one batch size; the cost is that of the same round's embedder alone."""
-    works = {ALONE: embed_cached, LOADED: embed_latents, WRITTEN: write_files, DECODED: decode}
-    size, total = bench.options.batch_size, len(bench.patches)
+    bench.take(size)
+    works = {
+        ALONE: bench.embed_cached,
+        LOADED: bench.embed_latents,
+        WRITTEN: bench.write_files,
+        DECODED: bench.decode,
+    }
     ways = {}
     for name, work in works.items():
-        once = functools.partial(harness.timed, functools.partial(work, bench), bench.device)
+        once = functools.partial(harness.timed, work, bench.device)
         ways[name] = Case({"what": name, "batch": f"batches of {size}"}, once)
     for name in (ALONE, LOADED):  # first batches choose kernels and fill pools
         ways[name].once()
     harness.run_cases(list(ways.values()), rounds)
     row: dict[str, Any] = {"batch_size": size, "decoded_on": str(bench.cached.device)}
-    row |= {f"{name}_patches_per_s": total / way.seconds for name, way in ways.items()}
+    row |= {f"{name}_patches_per_s": len(bench.patches) / way.seconds for name, way in ways.items()}
     for name in (LOADED, WRITTEN):
         found = harness.cost(ways[name], ways[ALONE])
-        row |= {
-            f"{name}_cost_percent": found["percent"],
-            f"{name}_cost_range": found["percent_range"],
-        }
+        row[f"{name}_cost_percent"] = found["percent"]
+        row[f"{name}_cost_range"] = found["percent_range"]
     return row
-
-
-def embed_cached(bench: Bench) -> None:
-    """Embed one batch of decoded pictures over and over, as many patches as the set has."""
-    import numpy as np
-
-    from latentds.evaluation.features.embedding_pipeline import Piece
-
-    size, total = bench.options.batch_size, len(bench.patches)
-    parts = (bench.cached[: min(size, total - start)] for start in range(0, total, size))
-    embed_all(
-        bench, (Piece(None, np.empty((len(part), 2), np.int64), images=part) for part in parts)
-    )
-
-
-def embed_latents(bench: Bench) -> None:
-    """Read, decode and embed the set as an extraction does, without writing."""
-    from latentds.evaluation.features.extraction import read_slides
-
-    embed_all(bench, read_slides(bench.patches, bench.patches.slides(), bench.options))
-
-
-def embed_all(bench: Bench, pieces: Iterator[Any]) -> None:
-    """Embed pieces and bring the features to the host."""
-    from latentds.evaluation.features.embedding_pipeline import embed_pieces
-
-    with contextlib.closing(embed_pieces(pieces, [bench.embedder], bench.device)) as embedded:
-        for piece in embedded:
-            if piece.error is not None:
-                raise piece.error
-
-
-def write_files(bench: Bench) -> None:
-    from latentds.evaluation.features.extraction import extract_features
-
-    with tempfile.TemporaryDirectory(dir=bench.folder) as out:
-        extract_features(
-            bench.patches, {Path(out): bench.embedder}, bench.options, device=bench.device,
-            rank=0, world_size=1,
-        )  # fmt: skip
-
-
-def decode(bench: Bench) -> None:
-    """Read and decode the set, without embedding."""
-    from latentds.evaluation.features.extraction import read_slides
-
-    for piece in read_slides(bench.patches, bench.patches.slides(), bench.options):
-        if piece.error is not None or piece.images is None:
-            raise piece.error or AssertionError("no images")
 
 
 def as_text(report: dict[str, Any]) -> str:

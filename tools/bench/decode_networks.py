@@ -54,47 +54,35 @@ Patches = Callable[[], Sequence[np.ndarray]]
 Figures = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodeShape:
-    """A decoder's architecture and the latents it reads."""
-
-    build: Callable[[], nn.Module]
-    channels: int
-    factor: int
-
-
-def student(name: str, channels: int, factor: int) -> DecodeShape:
-    """One of the library's students, random weights."""
-    return DecodeShape(functools.partial(build_student, name, channels, factor), channels, factor)
+# Shapes whose weights are random: channels of latents, their factor; class and config of diffusers.
+STUDENTS = {"taesd": (4, 8), "turbo-s": (4, 8), "turbo-m": (4, 8), "turbo-f32": (32, 32)}
+DIFFUSERS = {
+    "sd15": ("AutoencoderKL", SD15, 8),
+    "sd3": ("AutoencoderKL", SD3, 8),
+    "dcae-f32": ("AutoencoderDC", F32C32, 32),
+}
 
 
-def diffusers_half(class_name: str, config: dict[str, Any], factor: int) -> DecodeShape:
-    """The decoder half of a diffusers class, random weights."""
-
-    def build() -> nn.Module:
+def build_random(name: str) -> NetworkAutoencoder:
+    """A decoder of a known shape, and nothing that encodes."""
+    if name in STUDENTS:
+        channels, factor = STUDENTS[name]
+        decoder = build_student(name, channels, factor)
+    else:
         from latentds.autoencoders.diffusers_ae import build_decoder
 
+        class_name, config, factor = DIFFUSERS[name]
+        channels = config["latent_channels"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return build_decoder(class_name, config)
-
-    return DecodeShape(build, int(config["latent_channels"]), factor)
-
-
-SHAPES = {
-    "taesd": student("taesd", 4, 8),
-    "sd15": diffusers_half("AutoencoderKL", SD15, 8),
-    "sd3": diffusers_half("AutoencoderKL", SD3, 8),
-    "dcae-f32": diffusers_half("AutoencoderDC", F32C32, 32),
-    "turbo-s": student("turbo-s", 4, 8),
-    "turbo-m": student("turbo-m", 4, 8),
-    "turbo-f32": student("turbo-f32", 32, 32),
-}
+            decoder = build_decoder(class_name, config)
+    card = AutoencoderCard(name=name, class_name="random", channels=channels, factor=factor)
+    return NetworkAutoencoder(card, nn.Identity(), decoder)
 
 
 def check_decoder(name: str) -> None:
     """Refuse a name that is no shape, no autoencoder, nothing here and none of the Hub's form."""
-    known = {*SHAPES, *SHORT_NAMES}
+    known = {*STUDENTS, *DIFFUSERS, *SHORT_NAMES}
     if name not in known | set(ALIASES) and "/" not in name and not Path(name).exists():
         raise unknown_name("decoder", name, known)
 
@@ -105,13 +93,9 @@ def find_decoder(name: str) -> tuple[NetworkAutoencoder, str]:
     name    a known shape, the name or folder of an autoencoder, or a decoder's folder or Hub name
     raises  what loading raises
     """
-    shape = SHAPES.get(name)
-    if shape is None:
-        return load_for_decoding(name), "loaded"
-    card = AutoencoderCard(
-        name=name, class_name="random", channels=shape.channels, factor=shape.factor
-    )
-    return NetworkAutoencoder(card, nn.Identity(), shape.build()), "random"
+    if name in STUDENTS or name in DIFFUSERS:
+        return build_random(name), "random"
+    return load_for_decoding(name), "loaded"
 
 
 def gigaflops(autoencoder: NetworkAutoencoder, patch_px: int) -> float:
@@ -134,31 +118,29 @@ def cases(name: str, patches: Patches, config: Config) -> list[Case]:
     batches = config.batch_sizes or (default_batch(config.device, gflop),)
     every, made = chosen(config), []
 
-    def add(options: str, batch: int, gflop: float | None, once: Callable[[], Figures]) -> None:
+    def add(options: str, batch: int, gflop: float | None, measure: Any, *given: Any) -> None:
         head = {"decoder": name, "weights": weights, "gflop": gflop, "options": options}
-        made.append(Case(head | {"batch": batch}, functools.partial(guarded, once, config.device)))
+        once = functools.partial(guarded, config.device, measure, name, batch, *given, config)
+        made.append(Case(head | {"batch": batch}, once))
 
     for batch in batches:
         plain: list[Tensor] = []
         for options in every:
-            once = functools.partial(measure_codes, name, options, batch, plain, config)
-            add(describe(options), batch, gflop, once)
+            add(describe(options), batch, gflop, measure_codes, options, plain)
     book = shipped_book(autoencoder, config.patch_size) if weights != "random" else None
     if book is not None:
         records = functools.cache(functools.partial(make_records, autoencoder, book, patches))
-        batch = batches[0]
-        alone = functools.partial(measure_records, book, records, batch, None, name, config)
-        add(ALONE, batch, None, alone)
-        whole = functools.partial(measure_records, book, records, batch, every[-1], name, config)
-        add(f"records, {describe(every[-1])}", batch, None, whole)
+        add(ALONE, batches[0], None, measure_records, None, book, records)
+        whole = f"records, {describe(every[-1])}"
+        add(whole, batches[0], None, measure_records, every[-1], book, records)
     return made
 
 
-def guarded(once: Callable[[], Figures], device: str) -> Figures:
+def guarded(device: str, measure: Callable[..., Figures], *given: Any) -> Figures:
     """The figures, or why there are none: an option that never engaged, or memory."""
     try:
         with no_fallback():
-            return once()
+            return measure(*given)
     except InputError as error:
         return {"error": str(error), "never_engaged": True}
     except torch.OutOfMemoryError as error:
@@ -215,7 +197,7 @@ def default_batch(device: str, gflop: float) -> int:
 
 
 def measure_codes(
-    name: str, options: Decode, batch: int, plain: list[Tensor], config: Config
+    name: str, batch: int, options: Decode, plain: list[Tensor], config: Config
 ) -> Figures:
     """A round; `largest_change` is against plain float32's images, where those are."""
     found, images = measure(find_decoder(name)[0], options, batch, config)
@@ -284,11 +266,11 @@ def make_records(autoencoder: NetworkAutoencoder, book: EntropyCodebook, patches
 
 
 def measure_records(
-    book: EntropyCodebook,
-    records: Callable[[], Tensor],
+    name: str,
     batch: int,
     options: Decode | None,
-    name: str,
+    book: EntropyCodebook,
+    records: Callable[[], Tensor],
     config: Config,
 ) -> Figures:
     """A round of records, those made again and again: to pixels under options, else to latents."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import multiprocessing
+import multiprocessing.pool
 import statistics
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,23 +109,18 @@ def rate(
 def rate_together(
     library: str, files: Sequence[bytes], seconds: float, workers: int, kind: str
 ) -> Figures:
-    """Figures of `workers` threads or processes that decode at the same time."""
-    with make_pool(kind, workers) as pool:
-        futures = [pool.submit(rate_when_ready, library, files, seconds) for _ in range(workers)]
-        found = [future.result() for future in futures]
+    """Figures of `workers` threads or processes that begin to decode at one moment."""
+    context = multiprocessing.get_context("spawn")  # forking a process with CUDA breaks it
+    pool = context.Pool if kind == "processes" else multiprocessing.pool.ThreadPool
+    barrier = context.Barrier if kind == "processes" else threading.Barrier
+    with pool(workers, set_gate, (barrier(workers),)) as workers_pool:
+        # A worker that waits takes no second task.
+        found = workers_pool.starmap(rate_when_ready, [(library, files, seconds)] * workers, 1)
     return {
         "patches_per_s": sum(one["patches_per_s"] for one in found),
         "first_batch_s": max(one["first_batch_s"] for one in found),
         "device": "cpu",
     }
-
-
-def make_pool(kind: str, workers: int) -> Executor:
-    """A pool whose workers start to decode at one moment."""
-    if kind == "threads":
-        return ThreadPoolExecutor(workers, "", set_gate, (threading.Barrier(workers),))
-    context = multiprocessing.get_context("spawn")  # forking a process with CUDA breaks it
-    return ProcessPoolExecutor(workers, context, set_gate, (context.Barrier(workers),))
 
 
 def set_gate(gate: Any) -> None:
@@ -135,7 +130,6 @@ def set_gate(gate: Any) -> None:
 
 
 def rate_when_ready(library: str, files: Sequence[bytes], seconds: float) -> Figures:
-    """`rate`, begun when every worker is here: so each of them takes one task."""
     return rate(library, files, seconds, lambda: _gate.wait(READY_S))
 
 
@@ -160,10 +154,12 @@ def rate_on_gpu(jpegs: Sequence[bytes], seconds: float, device: str) -> Figures:
 def picture_cases(
     patches: Callable[[], Sequence[np.ndarray]], config: Config
 ) -> tuple[list[Case], dict[str, Any]]:
-    """What is measured of picture formats, JPEG on one core first; and their files, by format."""
+    """What is measured of picture formats, JPEG on one core first; and their files, by format.
+
+    Pillow, which always is there, stands for the libraries where none of them is.
+    """
     made: list[Case] = []
     files: dict[str, Any] = {}
-    cores = config.cores or usable_cores()
 
     def describe(name: str, coded: str, encoded: Sequence[bytes]) -> None:
         mean = statistics.fmean(map(len, encoded))
@@ -172,47 +168,28 @@ def picture_cases(
     if config.jpeg:
         jpegs = [encode(patch) for patch in patches()]
         describe("JPEG", f"quality {QUALITY}, {SUBSAMPLING}", jpegs)
-        made += cases(jpegs, config.seconds, cores, config.device)
+        libraries = [name for name in LIBRARIES if is_here(name)]
+        for library in libraries or [PILLOW]:
+            made += on_cores("JPEG", library, jpegs, config, ("threads", "processes"))
+        if config.device.startswith("cuda") and "torchvision" in libraries:
+            head = {"decoder": "JPEG, torchvision", "options": "the GPU", "batch": GPU_BATCH}
+            once = functools.partial(rate_on_gpu, jpegs, config.seconds, config.device)
+            made.append(Case(head, once))
     if config.avif:
         avifs = [encode_avif(patch) for patch in patches()[:MOST_AVIF]]
         describe("AVIF", f"4:4:4, speed {AVIF_SPEED}, as many bytes as fit", avifs)
-        made += on_cores("AVIF", PILLOW, avifs, config.seconds, cores, kinds=("processes",))
+        made += on_cores("AVIF", PILLOW, avifs, config, ("processes",))  # threads take turns here
     return made, files
 
 
-def cases(jpegs: Sequence[bytes], seconds: float, cores: int, device: str) -> list[Case]:
-    """A case a JPEG decoder and place: the first is one core of the first library installed.
-
-    Pillow, which always is, stands for the libraries where none of them is there.
-    """
-    made = []
-    libraries = [name for name in LIBRARIES if is_here(name)]
-    for library in libraries or [PILLOW]:
-        made += on_cores("JPEG", library, jpegs, seconds, cores)
-    if device.startswith("cuda") and "torchvision" in libraries:
-        head = {"decoder": "JPEG, torchvision", "options": "the GPU", "batch": GPU_BATCH}
-        made.append(Case(head, functools.partial(rate_on_gpu, jpegs, seconds, device)))
-    return made
-
-
 def on_cores(
-    format: str,
-    library: str,
-    files: Sequence[bytes],
-    seconds: float,
-    cores: int,
-    *,
-    kinds: Sequence[str] = ("threads", "processes"),
+    format: str, library: str, files: Sequence[bytes], config: Config, kinds: Sequence[str]
 ) -> list[Case]:
-    """A decoder on one core, and on several: threads of one process take turns at AVIF here."""
-    head = {"decoder": f"{format}, {library}", "batch": 1}
-    alone = functools.partial(rate, library, files, seconds)
-    together = [
-        Case(
-            head | {"options": f"{cores} {kind}"},
-            functools.partial(rate_together, library, files, seconds, cores, kind),
-        )
-        for kind in kinds
-        if cores > 1
-    ]
-    return [Case(head | {"options": "1 core"}, alone), *together]
+    """A decoder on one core, and on several."""
+    head, cores = {"decoder": f"{format}, {library}", "batch": 1}, config.cores or usable_cores()
+    alone = functools.partial(rate, library, files, config.seconds)
+    made = [Case(head | {"options": "1 core"}, alone)]
+    for kind in kinds if cores > 1 else ():
+        once = functools.partial(rate_together, library, files, config.seconds, cores, kind)
+        made.append(Case(head | {"options": f"{cores} {kind}"}, once))
+    return made

@@ -18,11 +18,27 @@ from latentds.core.extras import is_here
 
 BEST = "bfloat16 channels_last"
 OPTIONS = f"float32,{BEST},{BEST} cuda_graph"  # records are decoded under the last
+COMPILED = f"{BEST} compile,{BEST} compile cuda_graph"
 NETWORKS = ("tiny-v2-fast", "turbo-s", "tiny-v2", "taesd", "turbo-m", "sd15", "dcae-f32")
 BY_DIFFUSERS = ("sd15", "dcae-f32")
 MARK = "pytest.mark.gpu"
-FAST = ("--dtype", "bfloat16", "--channels-last", "--cuda-graph")  # of a loader's decoder
 SETS = {"codes": "tiny-v1", "records": "tiny-v2"}  # folder: autoencoder; bytes, and entropy-coded
+# What every run of a bench is given, on a GPU and in the miniature.
+GPU = {
+    "decode": "--patch-size 256 --batch-sizes 128 --seconds 1 --rounds 1",
+    "loader": "--batch-size 256 --pixel-batch-size 256 --workers 4 --seconds 1.5 --rounds 1 "
+    "--dtype bfloat16 --channels-last --cuda-graph",
+    "step": "--channels-last --cuda-graph",
+    "features": "--patches 8192 --batch-sizes 256 --rounds 2",
+}
+CPU = {
+    "decode": "--patch-size 64 --batch-sizes 1 --seconds 0.02 --rounds 1",
+    "loader": "--batch-size 8 --pixel-batch-size 8 --workers 1 --seconds 0.05 --rounds 1",
+    "step": "--arch test_vit --batch-size 2 --steps 1 --rounds 1 --global-px 32 --local-px 16 "
+    "--locals 2 --patch-size 32 --out-dim 16",
+    "features": "--patches 8 --slides 2 --patch-size 32 --batch-sizes 4 --rounds 1 "
+    "--embedder timm:test_vit",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +82,10 @@ class GpuPart:
         return self.missing
 
 
-def bench(name: str, *words: object) -> tuple[str, ...]:
+def bench(name: str, device: str, *words: object) -> tuple[str, ...]:
     """The words of a bench that prints JSON."""
-    given = map(str, words)
+    common = GPU[name] if device.startswith("cuda") else CPU[name]
+    given = (*common.split(), "--device", device, *map(str, words))
     return ("-m", "latentds_tools.cli", "bench", name, *given, "--json")
 
 
@@ -79,33 +96,37 @@ def all_parts(work: Path, device: str, patches: int) -> list[GpuPart]:
     patches  of the sets that loaders read
     """
     is_gpu = device.startswith("cuda")
-    edge = 256 if is_gpu else 64
-    sets = work / "sets"
+    sets, edge = work / "sets", 256 if is_gpu else 64
     made = ("-m", "latentds_tools.bench.gpu_parts", str(sets), str(edge), str(patches), device)
-    large = step(
-        "step-vit-l", "A DINO step of ViT-L with views", device,
-        "--arch", "vit_large_patch16_224", "--batch-size", 64, "--steps", 6, "--rounds", 2,
-    )  # fmt: skip
-    compiled = step(
-        "step-vit-s-compiled", "A DINO step of ViT-S, views compiled", device, "--batch-size", 128,
-        "--steps", 10, "--rounds", 2, "--compile-views", "--compile",
-    )  # fmt: skip
-    over_decoder = ("--against", "none", "--decode", "pixels")
+
+    def loader(name: str, title: str, folder: str, words: str, share: float = 40) -> GpuPart:
+        count = ("--patches", patches, "--pixel-patches", patches)
+        given = bench("loader", device, sets / folder, *words.split(), *count)
+        return GpuPart(name, title, share, given, uses="inputs")
+
+    def step(name: str, title: str, words: str, missing: str = "") -> GpuPart:
+        given = bench("step", device, *(words.split() if is_gpu else ()))
+        return GpuPart(name, title, 50, given, ("timm", "lightly"), "train", missing=missing)
+
+    over_decoder = "--against none --decode pixels"
+    large = "--arch vit_large_patch16_224 --batch-size 64 --steps 6 --rounds 2"
     return [
         GpuPart("inputs", "Inputs", 40, made),
         tests_part(is_gpu),
-        *decode_parts(work, device, edge),
-        loader("loader", "The loader over its decoder, one byte a value", device, patches,
-               sets / "codes", *over_decoder),
-        loader("loader-records", "The loader over its decoder, entropy-coded records", device,
-               patches, sets / "records", *over_decoder, "--autoencoder", "tiny-v2-fast"),
-        step("step-vit-s", "A DINO step of ViT-S with views", device,
-             "--batch-size", 128, "--steps", 10, "--rounds", 3),
-        *([large] if is_gpu else []),
-        features_part(device, is_gpu),
-        loader("resident", "The whole set on the device", device, patches, sets / "codes",
-               "--against", "latentds-resident", "--decode", "codes,pixels", share=60),
-        compiled if is_gpu else dataclasses.replace(compiled, missing="a CPU compiles for minutes"),
+        *decode_parts(work, device),
+        loader("loader", "The loader over its decoder, one byte a value", "codes", over_decoder),
+        loader("loader-records", "The loader over its decoder, entropy-coded records", "records",
+               f"{over_decoder} --autoencoder tiny-v2-fast"),
+        step("step-vit-s", "A DINO step of ViT-S with views",
+             "--batch-size 128 --steps 10 --rounds 3"),
+        *([step("step-vit-l", "A DINO step of ViT-L with views", large)] if is_gpu else []),
+        GpuPart("features", "Features of ViT-L", 45, bench("features", device), ("timm", "h5py"),
+                "evaluate"),
+        loader("resident", "The whole set on the device", "codes",
+               "--against latentds-resident --decode codes,pixels", share=60),
+        step("step-vit-s-compiled", "A DINO step of ViT-S, views compiled",
+             "--batch-size 128 --steps 10 --rounds 2 --compile-views --compile",
+             missing="" if is_gpu else "a CPU compiles for minutes"),
     ]  # fmt: skip
 
 
@@ -122,63 +143,21 @@ def tests_part(is_gpu: bool) -> GpuPart:
     return GpuPart("tests", "Tests marked gpu", 60, words, ("pytest",), "dev", missing=missing)
 
 
-def decode_parts(work: Path, device: str, edge: int) -> list[GpuPart]:
+def decode_parts(work: Path, device: str) -> list[GpuPart]:
     """Decoders beside JPEG and AVIF; then the compiler, which may take all its time to start."""
-    is_gpu = device.startswith("cuda")
-    names = [name for name in NETWORKS if is_here("diffusers") or name not in BY_DIFFUSERS]
-    if not is_gpu:
-        names = ["tiny-v2-fast", "turbo-s"]
-    sizes = (128, 1.0) if is_gpu else (1, 0.02)
-    common = ("--device", device, "--patch-size", edge, "--batch-sizes", sizes[0],
-              "--seconds", sizes[1], "--rounds", 1)  # fmt: skip
-    options = OPTIONS if is_gpu else f"float32,{BEST}"
-    pictures = ("--avif", "--pictures", demo_pictures())
-    partial = [work / f"{name}.json" for name in ("decode", "decode-compiled")]
-    words = bench("decode", *common, *pictures, "--decoders", ",".join(names), "--options", options,
-                  "--out", partial[0])  # fmt: skip
-    parts = [GpuPart("decode", "Decoders beside JPEG and AVIF", 130, words, partial=partial[0])]
-    if is_gpu:
-        both = f"{BEST} compile,{BEST} compile cuda_graph"
-        words = bench("decode", *common, "--no-jpeg", "--decoders", "tiny-v2-fast,turbo-s,tiny-v2",
-                      "--compile", "--options", both, "--out", partial[1])  # fmt: skip
-        parts.append(
-            GpuPart("decode-compiled", "Decoders, compiled", 40, words, partial=partial[1])
-        )
-    return parts
-
-
-def loader(
-    name: str, title: str, device: str, patches: int, *words: object, share: float = 40
-) -> GpuPart:
-    """A bench of loaders over one of the sets, end to end over the decoder alone."""
-    is_gpu = device.startswith("cuda")
-    batch, seconds, workers = (256, 1.5, 4) if is_gpu else (8, 0.05, 1)
-    common = (
-        *("--device", device, "--patches", patches, "--pixel-patches", patches),
-        *("--batch-size", batch, "--pixel-batch-size", batch, "--workers", workers),
-        *("--seconds", seconds, "--rounds", 1),
-        *(FAST if is_gpu else ()),
-    )
-    return GpuPart(name, title, share, bench("loader", *words, *common), uses="inputs")
-
-
-def step(name: str, title: str, device: str, *words: object) -> GpuPart:
-    """A DINO step with views, 2 and 8 crops; tiny where it is for a CPU."""
+    plain, compiled = work / "decode.json", work / "decode-compiled.json"
+    names, options = ",".join(NETWORKS[:2]), f"float32,{BEST}"
     if device.startswith("cuda"):
-        words = ("--device", device, "--channels-last", "--cuda-graph", *words)
-    else:
-        words = ("--device", device, "--arch", "test_vit", "--batch-size", 2, "--steps", 1,
-                 "--rounds", 1, "--global-px", 32, "--local-px", 16, "--locals", 2,
-                 "--patch-size", 32, "--out-dim", 16)  # fmt: skip
-    return GpuPart(name, title, 50, bench("step", *words), ("timm", "lightly"), "train")
-
-
-def features_part(device: str, is_gpu: bool) -> GpuPart:
-    sizes = ("--patches", 8192, "--batch-sizes", 256, "--rounds", 2) if is_gpu else (
-        "--patches", 8, "--slides", 2, "--patch-size", 32, "--batch-sizes", 4, "--rounds", 1,
-        "--embedder", "timm:test_vit")  # fmt: skip
-    words = bench("features", "--device", device, *sizes)
-    return GpuPart("features", "Features of ViT-L", 45, words, ("timm", "h5py"), "evaluate")
+        there = [name for name in NETWORKS if is_here("diffusers") or name not in BY_DIFFUSERS]
+        names, options = ",".join(there), OPTIONS
+    pictures = ("--avif", "--pictures", demo_pictures(), "--decoders", names)
+    words = bench("decode", device, *pictures, "--options", options, "--out", plain)
+    parts = [GpuPart("decode", "Decoders beside JPEG and AVIF", 130, words, partial=plain)]
+    if device.startswith("cuda"):
+        few = ("--no-jpeg", "--compile", "--decoders", ",".join(NETWORKS[:3]))
+        words = bench("decode", device, *few, "--options", COMPILED, "--out", compiled)
+        parts.append(GpuPart("decode-compiled", "Decoders, compiled", 40, words, partial=compiled))
+    return parts
 
 
 def demo_pictures() -> Path:

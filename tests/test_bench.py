@@ -171,8 +171,7 @@ def test_sets_of_holes_read_as_others_do(tmp_path):
     assert (batch.latents == -3).all() and batch.slides[0] == "slide00000"
 
 
-def test_sets_whose_patch_tables_are_holes_read_as_others_do(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentds_tools.bench.synthetic.WHOLE_TABLES", 1)
+def test_sets_of_holes_need_little_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("latentds.store.index.PACK_SUMS_FROM", 1)
     write_sparse(tmp_path, 130_000)  # of two shards
     assert (tmp_path / PATCHES_TABLE).stat().st_blocks < 100

@@ -26,9 +26,8 @@ class Config:
     """Open synthetic sets of growing size, each in a fresh process with the page cache dropped."""
 
     patches: tuple[int, ...] = (100_000, 1_000_000, 24_000_000)
-    """Sizes of the sets. Beyond --written patches, shards are holes in the file system, but tables
-    and manifest are whole. Beyond 100 million the patch table is a hole too: 1,000,000,000 patches
-    need 1 GB of disk."""
+    """Sizes of the sets. Beyond --written patches, shards and the patch table are holes in the file
+    system: 1,000,000,000 patches need 1 GB of disk."""
     written: int = 1_000_000
     """Patches up to which random codes are written (2 KiB each)."""
     rounds: int = 3

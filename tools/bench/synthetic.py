@@ -1,4 +1,4 @@
-"""Sets of random patches of any size: written whole, or with tables alone over sparse shards."""
+"""Sets of random patches written whole, and sets of any size over files that are holes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ SHAPE = (32, 8, 8)  # 2,048 bytes: DC-AE-f32's latents of a 256 px patch
 PACK, SHARD_PATCHES = 256, 256 * 488  # the default 256 MB of codes a shard
 PATCHES_A_SLIDE = 5000
 MAX_SLIDES = 30_000  # TCGA has as many
-WHOLE_TABLES = 10**8  # patches up to which the patch table has values
 CLASSES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")  # NCT-CRC's nine
 MADE: dict[str, Any] = {"synthetic": True}
 
@@ -105,10 +104,10 @@ def filled_parts(
 
 
 def write_sparse(out: Path, patches: int) -> None:
-    """Tables, manifest and shards that are holes: every code reads as 0 and no disk is needed.
+    """Manifest, and tables and shards that are holes: every code reads as 0 and no disk is needed.
 
-    Beyond WHOLE_TABLES patches the tables of patches are holes too: all are of the first class and
-    slide, and the checksums of single patches are wrong.
+    The tables of patches are holes too: all are of the first class and slide, and the checksums of
+    single patches are wrong.
     """
     from latentds.core.storage import write_atomically
     from latentds.store.composing import complete
@@ -152,7 +151,7 @@ def write_sparse(out: Path, patches: int) -> None:
 
 
 def write_sparse_tables(out: Path, patches: int, patch_bytes: int) -> None:
-    """The tables: those of packs whole, those of patches a shard at a time."""
+    """The tables: those of packs whole, those of patches holes."""
     from latentds.store import format as layout
     from latentds.store.index import TableWriter
 
@@ -166,18 +165,15 @@ def write_sparse_tables(out: Path, patches: int, patch_bytes: int) -> None:
         zeros, same = bytes(count * patch_bytes), packs["count"] == count
         packs["codes_crc32"][same] = zlib.crc32(zeros)
         digests["codes"][same] = np.frombuffer(hashlib.sha256(zeros).digest(), np.uint8)
-    write_sparse_rows(out, packs, patches, zlib.crc32(bytes(patch_bytes)))
+    write_holes(out, packs, patches)
     with TableWriter(out / layout.PACKS_TABLE, layout.PACK_DTYPE, len(first)) as writer:
         writer.write(packs)
     with TableWriter(out / layout.DIGESTS, layout.DIGEST_DTYPE, len(first)) as writer:
         writer.write(digests)
 
 
-def write_sparse_rows(out: Path, packs: np.ndarray, patches: int, crc32: int) -> None:
-    """The tables of patches; what of them is in the pack table is put into `packs`.
-
-    crc32  of a patch's codes
-    """
+def write_holes(out: Path, packs: np.ndarray, patches: int) -> None:
+    """The tables of patches; what of them is in the pack table is put into `packs`."""
     from latentds.store import format as layout
     from latentds.store.index import TableWriter
 
@@ -185,28 +181,8 @@ def write_sparse_rows(out: Path, packs: np.ndarray, patches: int, crc32: int) ->
         TableWriter(out / layout.PATCHES_TABLE, layout.PATCH_DTYPE, patches) as rows,
         TableWriter(out / layout.CHECKSUMS, layout.CHECKSUM_DTYPE, patches) as checksums,
     ):
-        if patches > WHOLE_TABLES:
-            for writer, row_bytes in ((rows, 24), (checksums, 4)):
-                writer.file.flush()
-                writer.file.truncate(writer.file.tell() + patches * row_bytes)
-            for count in np.unique(packs["count"]).tolist():
-                packs[layout.ROWS_CRC32][packs["count"] == count] = zlib.crc32(bytes(24 * count))
-            return
-        for start in range(0, patches, SHARD_PATCHES):
-            part = sparse_columns(start, min(SHARD_PATCHES, patches - start))
-            sums = [zlib.crc32(part[at : at + PACK].data) for at in range(0, len(part), PACK)]
-            packs[layout.ROWS_CRC32][start // PACK :][: len(sums)] = sums
-            rows.write(part)
-            checksums.write(np.full(len(part), crc32, layout.CHECKSUM_DTYPE))
-
-
-def sparse_columns(first: int, count: int) -> np.ndarray:
-    from latentds.store.format import PATCH_DTYPE
-
-    places = np.arange(first, first + count)
-    rows = np.zeros(count, PATCH_DTYPE)
-    rows["slide"] = places // PATCHES_A_SLIDE
-    rows["label"] = rows["slide"] % len(CLASSES)
-    rows["x"], rows["y"] = places % 100 * 256, places % PATCHES_A_SLIDE // 100 * 256
-    rows["mpp"], rows["size_px"] = 0.5, 256
-    return rows
+        for writer, row_bytes in ((rows, 24), (checksums, 4)):
+            writer.file.flush()
+            writer.file.truncate(writer.file.tell() + patches * row_bytes)
+        for count in np.unique(packs["count"]).tolist():
+            packs[layout.ROWS_CRC32][packs["count"] == count] = zlib.crc32(bytes(24 * count))

@@ -205,7 +205,7 @@ COMMANDS = {
     "bench convert": Command(
         "bench.bench_convert",
         "compare the rate of a conversion with the encoder's alone",
-        ("autoencoder", "device", "workers"),
+        ("autoencoder", "device"),
         ("patches/", "patches/ --autoencoder tiny"),
     ),
     "bench container": Command(

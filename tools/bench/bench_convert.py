@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 from latentds_tools.bench.harness import Case, run_cases
-from latentds_tools.reports.commands import picked, show
+from latentds_tools.reports.commands import show
 
 LEAST_PATCHES = 128  # that the encoder is timed on, where there are as many
 
@@ -26,10 +26,6 @@ class Config:
     """Name or local folder, as for convert."""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
-    encode_batch: int | None = None
-    """Patches encoded at once, as for convert."""
-    workers: int | None = None
-    """Threads that read and decode pictures, as for convert."""
     rounds: int = 3
     """Rounds in which everything is measured in turn; medians are reported."""
     json: bool = False
@@ -70,7 +66,8 @@ def measure(config: Config) -> dict[str, Any]:
             source=config.source,
             out=Path(folder) / "out",
             labels=False,
-            **picked(config, "autoencoder", "device", "encode_batch", "workers"),
+            autoencoder=config.autoencoder,
+            device=config.device,
         )
         plan = make_plan(settings)
         autoencoder = load_autoencoder(config.autoencoder)

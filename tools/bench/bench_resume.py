@@ -94,11 +94,10 @@ def measure_peer(
     folder.mkdir()
     write_samples(form, folder, python)
     spec = {"peer": peer, "folder": str(folder), "samples": SAMPLES, "buffer": BUFFER}
-    return [
-        {"peer": peer} | row
-        for before, after in TOPOLOGIES
-        for row in measure_topology(python, spec, before, after, work)
-    ]
+    rows = []
+    for topology in TOPOLOGIES:
+        rows += measure_topology(python, spec, *topology, work)
+    return rows
 
 
 def write_samples(form: str, folder: Path, python: str) -> None:
@@ -115,30 +114,22 @@ def write_samples(form: str, folder: Path, python: str) -> None:
 
 
 def measure_topology(
-    python: str,
-    spec: dict[str, Any],
-    before: tuple[int, int],
-    after: tuple[int, int],
-    work: Path,
+    python: str, spec: dict[str, Any], before: tuple[int, int], after: tuple[int, int], work: Path
 ) -> list[dict[str, Any]]:
     """Rows of a topology: a stop each, compared with one run that nobody stopped."""
     logger.info("%s, %dx%d, resumed %dx%d", spec["peer"], *before, *after)
-
-    def deliver(topology: tuple[int, int], **phase: Any) -> Ranks:
-        return run_ranks(python, spec | phase, topology, work)
-
-    rows = []
-    head: dict[str, Any] = {"before": before, "after": after}
+    head = {"peer": spec["peer"], "before": before, "after": after}
     try:
-        whole = deliver(before, phase="whole")
+        whole = run_ranks(python, spec | {"phase": "whole"}, before, work)
     except InputError as error:
         return [head | {"error": str(error)}]
-    steps = min(map(len, whole))
+    rows = []
     for share in STOPS:
-        row = head | {"stop": max(1, round(share * steps))}
+        stop = max(1, round(share * min(map(len, whole))))
+        row: dict[str, Any] = head | {"stop": stop}
         try:
-            first = deliver(before, phase="stopped", stop=row["stop"])
-            rest = deliver(after, phase="resumed", stop=row["stop"])
+            first = run_ranks(python, spec | {"phase": "stopped", "stop": stop}, before, work)
+            rest = run_ranks(python, spec | {"phase": "resumed", "stop": stop}, after, work)
             row |= compare(whole, first, rest, SAMPLES)
         except InputError as error:
             row["error"] = str(error)

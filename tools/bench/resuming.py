@@ -88,28 +88,23 @@ def plain_loader(kind: Callable[..., Any], source: Any, spec: Spec, **options: A
     )
 
 
-def webdataset_samples(spec: Spec) -> Any:
-    import webdataset as wds
+def webdataset_loader(spec: Spec) -> Any:
+    """Without a state, as webdataset has none: a resumed run begins anew.
 
+    Or in torchdata's loader, which reads again and throws away what was delivered.
+    """
+    import webdataset as wds
+    from torch.utils.data import DataLoader
+
+    kind: Any = DataLoader
+    if spec["peer"] == "webdataset-stateful":
+        from torchdata.stateful_dataloader import StatefulDataLoader as kind
     urls = sorted(str(path) for path in Path(spec["folder"]).glob("*.tar"))
     options = {"shardshuffle": len(urls), "detshuffle": True, "seed": SEED}
     data = wds.WebDataset(urls, nodesplitter=wds.split_by_node, **options)
     shuffled = data.compose(wds.filters.detshuffle(spec["buffer"], seed=SEED))
-    return shuffled.decode().to_tuple("cls").map(operator.itemgetter(0))
-
-
-def webdataset_loader(spec: Spec) -> Any:
-    """Without a state, as webdataset has none: a resumed run begins anew."""
-    from torch.utils.data import DataLoader
-
-    return plain_loader(DataLoader, webdataset_samples(spec), spec), list
-
-
-def webdataset_stateful_loader(spec: Spec) -> Any:
-    """In torchdata's loader, which reads again and throws away what was delivered."""
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
-    return plain_loader(StatefulDataLoader, webdataset_samples(spec), spec), list
+    samples = shuffled.decode().to_tuple("cls").map(operator.itemgetter(0))
+    return plain_loader(kind, samples, spec), list
 
 
 def datasets_loader(spec: Spec) -> Any:
@@ -160,7 +155,7 @@ def litdata_loader(spec: Spec) -> Any:
 BUILDERS: dict[str, Callable[[Spec], Any]] = {
     "latentds": latentds_loader,
     "webdataset": webdataset_loader,
-    "webdataset-stateful": webdataset_stateful_loader,
+    "webdataset-stateful": webdataset_loader,
     "datasets": datasets_loader,
     "torchdata": torchdata_loader,
     "mds": mds_loader,

@@ -39,9 +39,9 @@ class Config:
     input: Literal["pixels", "latents"] = "pixels"
     """Input of the network: decoded patches, or latents without decoding, through a stem."""
     decoder: str | None = None
-    """Decoder: turbo-s, turbo-m, turbo-f32, taesd, sd15, sd3, dcae-f32 (random weights), tiny, or a
-    decoder's folder or name. By default the set's own, or turbo-s for random codes. It gives the
-    shape of random codes with --input latents, too."""
+    """Decoder of random codes: turbo-s, turbo-m, turbo-f32, taesd, sd15, sd3, dcae-f32 (random
+    weights), tiny, or a decoder's folder or name. By default turbo-s. It gives the shape of codes
+    with --input latents, too."""
     batch_size: int | None = None
     """Patches a step. By default 128 on a GPU, 2 elsewhere."""
     device: str = "auto"
@@ -84,8 +84,8 @@ class Config:
             raise ValueError("batch, steps, rounds, crops and sizes are at least 1")
         if min(self.locals, self.num_workers or 0) < 0:
             raise ValueError("locals and workers are at least 0")
-        if self.decoder and self.folder and self.input == "latents":
-            raise ValueError("--decoder decodes a set; --input latents does not")
+        if self.decoder and self.folder:
+            raise ValueError("--decoder is for random codes; a set is decoded by its own")
 
 
 def with_defaults(config: Config, is_gpu: bool) -> Config:

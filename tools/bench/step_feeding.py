@@ -58,46 +58,22 @@ class StepSource:
 
 
 def open_source(config: Config, work: Path) -> StepSource:
-    """The set given, or one of random codes for the decoder, which claims to read its latents.
-
-    raises  InputError where they do not fit; UnknownNameError, which lists the known decoders
-    """
-    folder, decodes = config.folder, config.input == "pixels"
-    if folder is not None and not decodes:
-        return StepSource(folder)
-    if folder is not None and config.decoder is None:
-        return StepSource(folder, None, "the recorded decoder", "loaded")
-    name = config.decoder or "turbo-s"
+    """The set given, or one of random codes for the decoder, which claims to read its latents."""
+    decodes = config.input == "pixels"
+    if config.folder is not None:
+        recorded = ("the recorded decoder", "loaded") if decodes else ("none", "")
+        return StepSource(config.folder, None, *recorded)
+    name, edge, folder = config.decoder or "turbo-s", config.patch_size, work / "set"
     check_decoder(name)
     autoencoder, weights = find_decoder(name)
-    card, edge = autoencoder.card, config.patch_size
-    if folder is None:
-        folder = work / "set"
-        shape = (card.channels, *latent_cells((edge, edge), card.factor))
-        patches = random_patches(config, config.device.startswith("cuda"))
-        write_synthetic(folder, patches, shape=shape, patch_px=edge)
-        if not decodes:
-            return StepSource(folder)
-        latent_id = random_contract().latent_id
-    elif weights == "random":
-        latent_id = latents_that_fit(folder, card)
-    else:
-        latent_id = card.latent_id
-    autoencoder.card = dataclasses.replace(card, latent_id=latent_id)
+    card = autoencoder.card
+    shape = (card.channels, *latent_cells((edge, edge), card.factor))
+    patches = random_patches(config, config.device.startswith("cuda"))
+    write_synthetic(folder, patches, shape=shape, patch_px=edge)
+    if not decodes:
+        return StepSource(folder)
+    autoencoder.card = dataclasses.replace(card, latent_id=random_contract().latent_id)
     return StepSource(folder, autoencoder, name, weights)
-
-
-def latents_that_fit(folder: Path, card: Any) -> str:
-    """The identity of a set's latents; InputError where a decoder's shape is another."""
-    contract = read_manifest(folder).contract
-    factor = contract.patch_px[0] // contract.latents_shape[1]
-    if (card.channels, card.factor) != (contract.latents_shape[0], factor):
-        fit = f"f{factor} and {contract.latents_shape[0]} channels"
-        raise InputError(
-            f"{folder}: latents of {fit}; decoder {card.name!r} reads f{card.factor} and "
-            f"{card.channels} channels. Choose one that fits, or leave the set away"
-        )
-    return contract.latent_id
 
 
 class Feeding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,23 @@ def overhead(count: int, bytes_per_patch: int, pack_size: int) -> dict[str, Any]
     import numpy as np
     from latentds_tools.bench.synthetic import random_contract
 
-    from latentds.store.format import DIGEST_DTYPE, PACK_DTYPE, PATCH_DTYPE, pack_key
-    from latentds.store.packs import Pack, ShardWriter, encode_table, patches_table
+    from latentds.store.composing import write_shard
+    from latentds.store.format import DIGEST_DTYPE, PACK_DTYPE, PATCH_DTYPE
+    from latentds.store.packs import patches_table
 
-    contract = random_contract(shape := SHAPES[bytes_per_patch])
+    contract = random_contract(SHAPES[bytes_per_patch])
     rng = np.random.default_rng(0)
     patches = [tcga_like_patch(rng) for _ in range(count)]
+
+    def parts() -> Iterator[Any]:
+        for start in range(0, count, pack_size):
+            part = patches[start : start + pack_size]
+            codes = rng.integers(0, 256, (len(part), *contract.codes_shape), np.uint8)
+            yield codes, patches_table(part)
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data" / "train-000000.tar"
-        with ShardWriter(path, contract) as writer:
-            for number, start in enumerate(range(0, count, pack_size)):
-                part = patches[start : start + pack_size]
-                codes = rng.integers(0, 256, (len(part), *shape), np.uint8)
-                columns = encode_table(patches_table(part))
-                writer.add(Pack(key=pack_key("train", 0, number), codes=codes, patches=columns))
-            writer.finish()
+        write_shard(contract, "train", parts(), path, 0)
         size = path.stat().st_size
     packs = -(-count // pack_size)
     raw = count * bytes_per_patch

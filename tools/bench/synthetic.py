@@ -115,12 +115,12 @@ def write_sparse(out: Path, patches: int) -> None:
     from latentds.store.manifest import Manifest, ShardRecord
 
     contract = random_contract()
-    counts = [min(SHARD_PATCHES, patches - a) for a in range(0, patches, SHARD_PATCHES)]
-    shard_bytes = [count * contract.bytes_per_patch + 10240 for count in counts]
     records = []
-    for number, (count, size) in enumerate(zip(counts, shard_bytes, strict=True)):
+    for number, first in enumerate(range(0, patches, SHARD_PATCHES)):
+        count = min(SHARD_PATCHES, patches - first)
         path = out / "data" / f"train-{number:06d}.tar"
         path.parent.mkdir(parents=True, exist_ok=True)
+        size = count * contract.bytes_per_patch + 10240
         with path.open("wb") as file:
             file.truncate(size)
         records.append(
@@ -139,13 +139,10 @@ def write_sparse(out: Path, patches: int) -> None:
     write_sparse_tables(out, patches, contract.bytes_per_patch)
     count = min(-(-patches // PATCHES_A_SLIDE), MAX_SLIDES)
     slides = tuple(f"slide{number:05d}" for number in range(count))
+    made = MADE | {"patches": patches}
+    shards = tuple(records)
     manifest = Manifest(
-        contract=contract,
-        shards=tuple(records),
-        classes=CLASSES,
-        slides=slides,
-        tables={},
-        made=MADE | {"patches": patches},
+        contract=contract, shards=shards, classes=CLASSES, slides=slides, tables={}, made=made
     )
     complete(out, manifest)
 
@@ -161,28 +158,17 @@ def write_sparse_tables(out: Path, patches: int, patch_bytes: int) -> None:
     packs["count"] = np.minimum(PACK, patches - first)
     packs["codes_offset"] = first % SHARD_PATCHES * patch_bytes
     digests = np.zeros(len(first), layout.DIGEST_DTYPE)
+    row_bytes = layout.PATCH_DTYPE.itemsize
     for count in np.unique(packs["count"]).tolist():
         zeros, same = bytes(count * patch_bytes), packs["count"] == count
         packs["codes_crc32"][same] = zlib.crc32(zeros)
+        packs[layout.ROWS_CRC32][same] = zlib.crc32(bytes(row_bytes * count))
         digests["codes"][same] = np.frombuffer(hashlib.sha256(zeros).digest(), np.uint8)
-    write_holes(out, packs, patches)
-    with TableWriter(out / layout.PACKS_TABLE, layout.PACK_DTYPE, len(first)) as writer:
-        writer.write(packs)
-    with TableWriter(out / layout.DIGESTS, layout.DIGEST_DTYPE, len(first)) as writer:
-        writer.write(digests)
-
-
-def write_holes(out: Path, packs: np.ndarray, patches: int) -> None:
-    """The tables of patches; what of them is in the pack table is put into `packs`."""
-    from latentds.store import format as layout
-    from latentds.store.index import TableWriter
-
-    with (
-        TableWriter(out / layout.PATCHES_TABLE, layout.PATCH_DTYPE, patches) as rows,
-        TableWriter(out / layout.CHECKSUMS, layout.CHECKSUM_DTYPE, patches) as checksums,
-    ):
-        for writer, row_bytes in ((rows, 24), (checksums, 4)):
+    for name, rows in ((layout.PACKS_TABLE, packs), (layout.DIGESTS, digests)):
+        with TableWriter(out / name, rows.dtype, len(rows)) as writer:
+            writer.write(rows)
+    for name in (layout.PATCHES_TABLE, layout.CHECKSUMS):
+        dtype = np.dtype(layout.TABLES[name])
+        with TableWriter(out / name, dtype, patches) as writer:
             writer.file.flush()
-            writer.file.truncate(writer.file.tell() + patches * row_bytes)
-        for count in np.unique(packs["count"]).tolist():
-            packs[layout.ROWS_CRC32][packs["count"] == count] = zlib.crc32(bytes(24 * count))
+            writer.file.truncate(writer.file.tell() + patches * dtype.itemsize)

@@ -13,7 +13,7 @@ import torch
 from latentds_tools import cli
 from latentds_tools.bench import bench_loader, bench_scale, measuring_loaders, peer_loaders, peers
 from latentds_tools.bench.measuring_loaders import Watch, measure_loader
-from latentds_tools.bench.peer_formats import read_patches, write_format
+from latentds_tools.bench.peer_formats import Patches, read_patches, write_format
 from latentds_tools.bench.synthetic import write_sparse, write_synthetic
 
 from latentds.errors import InputError
@@ -95,13 +95,18 @@ def test_fewer_patches_than_a_batch_are_told(shared_dataset, tmp_path):
         bench_loader.describe_order(config, "codes", shared_dataset, few, tmp_path)
 
 
-def test_a_process_that_dies_is_told_by_its_last_words(tmp_path):
+@pytest.fixture
+def broken_python(tmp_path) -> str:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho talk >&2\necho no such thing >&2\nexit 3\n")
     python.chmod(0o755)
+    return str(python)
+
+
+def test_a_process_that_dies_is_told_by_its_last_words(tmp_path, broken_python):
     spec = SPEC | {"peer": "jpeg-folder", "folder": str(tmp_path)}
     with pytest.raises(InputError, match="^jpeg-folder: no such thing$"):
-        measure_loader(spec, str(python))
+        measure_loader(spec, broken_python)
 
 
 @pytest.mark.slow
@@ -150,10 +155,10 @@ def test_nothing_gathered_is_not_resident():
         peers.counted(loader, SPEC | {"peer": "latentds-resident"})
 
 
-def test_peers_of_other_environments_are_asked_for_by_name(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["bench", "loader", "--against", "litdata"])
-    assert "--peer-python" in capsys.readouterr().err
+def test_a_python_without_the_peer_is_named(tmp_path, broken_python):
+    patches = Patches(np.zeros((9, 1, 2, 2), np.uint8), np.arange(9))
+    with pytest.raises(InputError, match="cannot write litdata: no such thing; --peer-python"):
+        write_format("litdata", patches, tmp_path, broken_python)
 
 
 def test_synthetic_sets_are_valid(tmp_path):

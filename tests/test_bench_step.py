@@ -108,11 +108,12 @@ def test_a_decoder_for_a_set_is_wrong_usage(capsys):
 
 
 def test_a_gpu_has_the_defaults_of_a_gpu():
-    config = bench_step.with_defaults(bench_step.Config(), is_gpu=True)
+    choices = (bench_step.GPU, bench_step.CPU)
+    config = harness.for_device(bench_step.Config(), True, *choices)
     assert config.arch == "vit_small_patch16_224" and config.dtype == "bfloat16"
     assert random_patches(config, is_gpu=True) == 128 * (3 + 3 * (30 + 3) + 8)
     given = bench_step.Config(arch="vit_large_patch16_224", batch_size=64)
-    found = bench_step.with_defaults(given, is_gpu=True)
+    found = harness.for_device(given, True, *choices)
     assert (found.arch, found.batch_size) == (given.arch, 64)
 
 

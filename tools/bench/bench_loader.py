@@ -111,20 +111,14 @@ class Config:
     rounds: int = 3
     """Rounds in which everything is measured in turn; medians are reported."""
     peer_python: Path | None = None
-    """Python of another environment, with torch and what mds, litdata and energon need."""
+    """Python of another environment, with torch and what mds, litdata or energon needs: each pins
+    other versions."""
     json: bool = False
     """Print JSON."""
 
     def __post_init__(self) -> None:
         check_known("peer", self.peers(), {*PEERS} - {"latentds"})
         check_known("--decode", self.decodes(), DECODES)
-        foreign = [name for name in self.peers() if is_foreign(name)]
-        if foreign and self.peer_python is None:
-            raise InputError(
-                f"{foreign[0]} needs an environment of its own (it pins other versions): 'python "
-                "-m venv peer; peer/bin/pip install torch "
-                f"{PEERS[foreign[0]].distribution}', then --peer-python peer/bin/python"
-            )
 
     def peers(self) -> list[str]:
         return [name for name in listed(self.against) if name != "none"]
@@ -144,10 +138,6 @@ class Config:
             for decode in self.decodes()
             if decode == "pixels" or not PEERS[name].images
         ]
-
-
-def is_foreign(peer: str) -> bool:
-    return peer.partition("-")[0] in FOREIGN
 
 
 def run(config: Config) -> None:
@@ -271,17 +261,19 @@ def describe_set(config: Config, own: Path, work: Path) -> dict[str, Any]:
 
 
 def python_of(config: Config, peer: str) -> str:
-    return str(config.peer_python) if is_foreign(peer) else sys.executable
+    is_foreign = config.peer_python is not None and peer.partition("-")[0] in FOREIGN
+    return str(config.peer_python) if is_foreign else sys.executable
 
 
 def measure_one(config: Config, spec: dict[str, Any]) -> dict[str, Any]:
     """Figures of one contender; its error where it fails, so that the others are still told."""
     from latentds_tools.bench.measuring_loaders import measure_loader
 
-    if is_foreign(spec["peer"]) and spec["decode"] == "pixels":
+    python = python_of(config, spec["peer"])
+    if python != sys.executable and spec["decode"] == "pixels":
         return {"error": "its Python has no latentds to decode with"}
     try:
-        return measure_loader(spec, python_of(config, spec["peer"]))
+        return measure_loader(spec, python)
     except InputError as error:
         logger.warning("%s", error)
         return {"error": str(error)}

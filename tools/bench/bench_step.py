@@ -10,7 +10,7 @@ from typing import Any
 
 from latentds_tools.bench import harness
 from latentds_tools.bench.harness import Case
-from latentds_tools.bench.step_config import LEAD, Config, with_defaults
+from latentds_tools.bench.step_config import CPU, GPU, LEAD, Config
 from latentds_tools.reports.commands import show
 
 STEP, VIEWS_TOO, LOADER = "cached views", "cached images, views made", "loader, views made"
@@ -36,7 +36,7 @@ def measure(config: Config) -> dict[str, Any]:
 
     config = harness.on_device(config)
     device = torch.device(config.device)
-    config = with_defaults(config, device.type == "cuda")
+    config = harness.for_device(config, device.type == "cuda", GPU, CPU)
     assert config.batch_size is not None and config.steps is not None
     lead = LEAD[device.type == "cuda"]
     with tempfile.TemporaryDirectory() as work, harness.no_fallback():

@@ -157,7 +157,9 @@ def write_by(python: str, form: str, patches: Patches, out: Path, pack: int) -> 
         words = words_of(python, "peer_writers", spec)
         run = subprocess.run(words, capture_output=True, text=True, env=env)
     if run.returncode:
-        raise InputError(f"{python} cannot write {form}: {last_words(run.stderr)}")
+        raise InputError(
+            f"{python} cannot write {form}: {last_words(run.stderr)}; --peer-python takes another"
+        )
 
 
 def write_jpegs(patches: Patches, peer: str, out: Path, own: Path, autoencoder: str | None) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from latentds_tools.bench.harness import for_device
 
 # Steps before the clock starts, by whether there is a GPU: what the loader decoded there while
 # others were timed is used up by then. A CPU decodes nothing ahead.
@@ -86,10 +85,6 @@ class Config:
             raise ValueError("locals and workers are at least 0")
         if self.decoder and self.folder:
             raise ValueError("--decoder is for random codes; a set is decoded by its own")
-
-
-def with_defaults(config: Config, is_gpu: bool) -> Config:
-    return for_device(config, is_gpu, GPU, CPU)
 
 
 def random_patches(config: Config, is_gpu: bool) -> int:

@@ -188,13 +188,13 @@ COMMANDS = {
         "bench.bench_features",
         "measure what decoding adds to an extraction of features",
         ("embedder", "device", "patches"),
-        ("", "--embedder vit_large --device cuda"),
+        ("", "--embedder timm:vit_base_patch16_224 --device cuda"),
     ),
     "bench step": Command(
         "bench.bench_step",
         "measure what loading and decoding add to a training step",
         ("arch", "device", "batch_size", "steps"),
-        ("", "--arch vit_small --device cuda --json"),
+        ("", "--arch vit_small_patch16_224 --device cuda --json"),
     ),
     "bench gpu": Command(
         "bench.bench_gpu",

@@ -145,7 +145,7 @@ def run(config: Config) -> None:
     report = measure(config)
     show(report, config.json, as_text)
     errors = [row["error"] for row in report["results"] if "error" in row]
-    if len(errors) == len(report["results"]):
+    if errors and len(errors) == len(report["results"]):
         raise InputError(errors[0])
 
 

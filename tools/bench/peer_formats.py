@@ -19,7 +19,7 @@ import torch
 import webdataset as wds
 from latentds_tools.bench.harness import last_words
 from latentds_tools.bench.measuring_loaders import importable, words_of
-from latentds_tools.bench.peer_writers import WRITERS
+from latentds_tools.bench.peer_writers import WRITERS, rows_of
 from latentds_tools.bench.synthetic import write_synthetic
 
 from latentds.codecs.formats import save_with_pillow
@@ -135,15 +135,10 @@ def write_webdataset(patches: Patches, out: Path, kind: str, stored: Sequence[An
 def write_parquet(patches: Patches, out: Path, pack: int) -> None:
     """A row a patch, or `pack` patches a row."""
     for number, run in enumerate(patches.runs()):
-        codes, labels = patches.codes[run.start : run.stop], patches.labels[run.start : run.stop]
-        parts = [slice(start, start + pack) for start in range(0, len(codes), pack)]
-        columns: dict[str, Any] = {"codes": [codes[part].tobytes() for part in parts]}
-        if pack == 1:
-            columns["label"] = labels
-        else:
-            columns["labels"] = [labels[part].tobytes() for part in parts]
-        rows = max(1, 1000 // pack)
-        pq.write_table(pa.table(columns), out / f"{number:06d}.parquet", row_group_size=rows)
+        part = slice(run.start, run.stop)
+        rows = pa.Table.from_pylist(list(rows_of(patches.codes[part], patches.labels[part], pack)))
+        path = out / f"{number:06d}.parquet"
+        pq.write_table(rows, path, row_group_size=max(1, 1000 // pack))
 
 
 def write_by(python: str, form: str, patches: Patches, out: Path, pack: int) -> None:

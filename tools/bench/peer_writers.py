@@ -27,14 +27,16 @@ def stored_arrays(spec: Spec) -> tuple[Any, Any]:
     return np.load(spec["codes"], mmap_mode="r"), np.load(spec["labels"])
 
 
-def stored_rows(spec: Spec) -> Iterator[dict[str, Any]]:
+def rows_of(codes: np.ndarray, labels: np.ndarray, pack: int) -> Iterator[dict[str, Any]]:
     """Codes and labels, one patch a row or `pack` patches."""
-    codes, labels = stored_arrays(spec)
-    for start in range(0, len(codes), spec["pack"]):
-        part = slice(start, start + spec["pack"])
-        packed = spec["pack"] > 1
-        label = {"labels": labels[part].tobytes()} if packed else {"label": int(labels[start])}
+    for start in range(0, len(codes), pack):
+        part = slice(start, start + pack)
+        label = {"labels": labels[part].tobytes()} if pack > 1 else {"label": int(labels[start])}
         yield {"codes": codes[part].tobytes(), **label}
+
+
+def stored_rows(spec: Spec) -> Iterator[dict[str, Any]]:
+    return rows_of(*stored_arrays(spec), spec["pack"])
 
 
 def write_npy(spec: Spec) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from latentds_tools.bench import harness
-from latentds_tools.bench.harness import Case
 from latentds_tools.reports.commands import check_known, show
 
 from latentds.errors import InputError
@@ -207,10 +205,7 @@ def measure_size(bench: Bench, size: int, rounds: int) -> dict[str, Any]:
         WRITTEN: bench.write_files,
         DECODED: bench.decode,
     }
-    ways = {}
-    for name, work in works.items():
-        once = functools.partial(harness.timed, work, bench.device)
-        ways[name] = Case({"what": name, "batch": f"batches of {size}"}, once)
+    ways = harness.timed_cases(works, bench.device)
     for name in (ALONE, LOADED):  # first batches choose kernels and fill pools
         ways[name].once()
     harness.run_cases(list(ways.values()), rounds)

@@ -46,13 +46,7 @@ def measure(config: Config) -> dict[str, Any]:
             for once in steps.values():  # kernels are chosen, compiled and captured; pools fill
                 harness.timed(once, device, steps=max(lead, 1))
             feeding.counters()  # before minutes are spent on what does not engage
-            time_steps = functools.partial(
-                harness.timed, device=device, steps=config.steps, lead=lead
-            )
-            ways = {
-                name: Case({"step": name}, functools.partial(time_steps, once))
-                for name, once in steps.items()
-            }
+            ways = harness.timed_cases(steps, device, steps=config.steps, lead=lead)
             harness.run_cases(list(ways.values()), config.rounds)
             facts, counters = feeding.facts(), feeding.counters()
     facts |= {"decoder": source.decoder, "weights": source.weights}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -243,6 +244,16 @@ def timed(
     synchronize(device)
     seconds = (time.perf_counter() - started) / steps
     return {"seconds": seconds, "peak": torch.cuda.max_memory_allocated(device) if on_gpu else 0}
+
+
+def timed_cases(
+    works: Mapping[str, Callable[[], object]], device: torch.device, **options: int
+) -> dict[str, Case]:
+    """A case that is `timed` for each of the works, by name."""
+    return {
+        name: Case({"what": name}, functools.partial(timed, work, device, **options))
+        for name, work in works.items()
+    }
 
 
 def medians(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -98,7 +98,9 @@ def webdataset_loader(spec: Spec) -> Any:
 
     kind: Any = DataLoader
     if spec["peer"] == "webdataset-stateful":
-        from torchdata.stateful_dataloader import StatefulDataLoader as kind
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        kind = StatefulDataLoader
     urls = sorted(str(path) for path in Path(spec["folder"]).glob("*.tar"))
     options = {"shardshuffle": len(urls), "detshuffle": True, "seed": SEED}
     data = wds.WebDataset(urls, nodesplitter=wds.split_by_node, **options)

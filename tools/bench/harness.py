@@ -203,7 +203,7 @@ class Case:
     @property
     def seconds(self) -> float:
         """A step's, of the middle round, of a case that is `timed`."""
-        return statistics.median(figures["seconds"] for figures in self.rounds)
+        return float(statistics.median(figures["seconds"] for figures in self.rounds))
 
     def row(self) -> dict[str, Any]:
         """Head and medians, or the first error where no round is sound."""

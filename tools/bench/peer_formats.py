@@ -123,7 +123,9 @@ def write_format(
         write_by(python, form, patches, out, pack)
 
 
-def write_webdataset(patches: Patches, out: Path, kind: str, stored: Sequence[Any]) -> None:
+def write_webdataset(
+    patches: Patches, out: Path, kind: str, stored: Sequence[Any] | np.ndarray
+) -> None:
     """A sample a patch: what is stored and cls, with the integer mtime that saves a PAX header."""
     for number, run in enumerate(patches.runs()):
         with wds.TarWriter(str(out / f"{number:06d}.tar"), mtime=0) as writer:

@@ -81,16 +81,17 @@ def count_fetched(folder: Path) -> dict[str, float]:
         return content
 
     Transport.fetch = counted  # type: ignore[method-assign, assignment]
-    with tempfile.TemporaryDirectory() as cache:
-        loader = LatentLoader(
-            f"file://{folder.resolve()}",
-            batch_size=BATCH_SIZE,
-            shuffle=True,
-            decode="codes",
-            cache=CacheConfig(dir=Path(cache)),
-        )
-        opened = sum(size for _, size in fetched)
-        next(iter(loader))
+    # Removed with the sets, when this process is gone: it may still fetch ahead.
+    cache = CacheConfig(dir=Path(tempfile.mkdtemp(dir=folder.parent)))
+    loader = LatentLoader(
+        f"file://{folder.resolve()}",
+        batch_size=BATCH_SIZE,
+        shuffle=True,
+        decode="codes",
+        cache=cache,
+    )
+    opened = sum(size for _, size in fetched)
+    next(iter(loader))
     tables = [size for name, size in fetched if not name.startswith("data/")]
     return {
         "opened_mb": opened / 1e6,

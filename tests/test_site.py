@@ -55,7 +55,7 @@ def test_every_page_has_a_place_in_the_navigation():
 
 def test_a_help_is_what_the_command_prints():
     text = site_hooks.command_help("bench resume")
-    assert text.startswith("usage: latentds bench resume") and "--topologies" in text
+    assert text.startswith("usage: latentds bench resume") and "--peer-python" in text
     assert "\x1b" not in text
 
 

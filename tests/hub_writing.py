@@ -21,10 +21,9 @@ class Writing:
     query: dict[str, list[str]]
     path: str
 
-    def may_write(self, name: str, revision: str = "") -> bool:
-        """Owners may; anybody who is logged in may open a pull request and add to it."""
-        opens = "create_pr" in self.query or revision.startswith("refs/pr/")
-        if self.role == "write" and (opens or name.startswith("org/")):
+    def may_write(self, name: str) -> bool:
+        """Its owners may."""
+        if self.role == "write" and name.startswith("org/"):
             return True
         self.refuse(403, "", f"You don't have the rights to write to {name}")
         return False
@@ -54,7 +53,7 @@ class Writing:
     def preupload(self, name: str, revision: str) -> None:
         files = json.loads(self.body())["files"]
         repo = self.repo(name, revision)
-        if not repo or not self.may_write(name, revision):
+        if not repo or not self.may_write(name):
             return
         tree = repo.tree(revision) or {}
         modes = []
@@ -71,7 +70,7 @@ class Writing:
 
     def batch(self, name: str) -> None:
         wanted = json.loads(self.body())
-        if not self.may_write(name, wanted.get("ref", {"name": "refs/pr/"})["name"]):
+        if not self.may_write(name):
             return
         objects = wanted["objects"]
         for entry in objects:
@@ -101,9 +100,7 @@ class Writing:
     def commit(self, name: str, revision: str) -> None:
         lines = [json.loads(line) for line in self.body().splitlines()]
         repo = self.repo(name, revision)
-        if not repo:
-            return
-        if not self.may_write(name, revision):
+        if not repo or not self.may_write(name):
             return
         header = lines[0]["value"]
         if header.get("parentCommit") not in (None, repo.refs[revision]):
@@ -122,11 +119,8 @@ class Writing:
         for path in self.server.corrupt & {line["value"].get("path") for line in lines[1:]}:
             is_large, content = tree[path]
             tree[path] = (is_large, bytes([content[0] ^ 1]) + content[1:])
-        number = sum(ref.startswith("refs/pr/") for ref in repo.refs) + 1
-        oid = repo.commit(
-            f"refs/pr/{number}" if "create_pr" in self.query else revision, tree, header["summary"]
-        )
+        oid = repo.commit(revision, tree, header["summary"])
         place = "datasets/" if self.path.startswith("/api/datasets/") else ""
         base = f"{self.server.url}/{place}{name}"
         answer = {"commitUrl": f"{base}/commit/{oid}", "commitOid": oid, "success": True}
-        self.answer(200, answer | {"pullRequestUrl": f"{base}/discussions/{number}"})
+        self.answer(200, answer)

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,14 +92,12 @@ def test_dry_run_plans_and_writes_nothing(shared_dataset, hub, monkeypatch):
 
 def test_a_fetched_set_is_the_folder(shared_dataset, hub, tmp_path):
     publish(shared_dataset, CC0)
-    seen = []
-    result = fetch(NAME, tmp_path / "back", lambda *place: seen.append(place))
+    result = fetch(NAME, tmp_path / "back")
     assert result.commit == hub.repos[NAME].refs["main"]
     assert verify(tmp_path / "back", "members").is_good
     stored = hub.files(NAME)
     del stored[".gitattributes"]
     assert content_of(tmp_path / "back") == stored
-    assert seen[-1][0] == seen[-1][1] > result.bytes * 0.99
     assert fetch(f"{NAME}@{result.commit}", tmp_path / "back").new == 0
 
 
@@ -182,7 +179,6 @@ def test_a_set_without_golden_patches_has_no_preview(dataset, hub):
         (["--license", "unknown"], "unknown licence 'unknown'"),
         (["--license", "cc0"], "did you mean 'cc0-1.0'"),
         (["--license", "other"], "pass --license-name"),
-        (["--license", "mit", "--pr", "--revision", "x"], "leave --revision"),
         (["--license", "mit", "--citation", "nowhere.bib"], "nowhere.bib: No such file"),
     ],
 )
@@ -226,7 +222,7 @@ def test_without_a_login_the_way_to_one_is_told(shared_dataset, hub, monkeypatch
 
 @pytest.mark.parametrize(
     ("token", "message"),
-    [("hf_read", "may only read"), ("hf_wrong", r"does not accept the token .*'hf auth login'")],
+    [("hf_read", "may only read"), ("hf_wrong", "the token is not accepted.*'hf auth login'")],
 )
 def test_tokens_that_cannot_write_are_named(shared_dataset, hub, monkeypatch, token, message):
     monkeypatch.setenv("HF_TOKEN", token)
@@ -236,10 +232,10 @@ def test_tokens_that_cannot_write_are_named(shared_dataset, hub, monkeypatch, to
 
 def test_a_token_without_rights_there_is_told_so(shared_dataset, hub):
     other = Publication(repository="other/name", licence="mit")
-    with pytest.raises(InputError, match=r"no right to .*rights to write to other/name"):
+    with pytest.raises(InputError, match="rights to write to other/name.*no right to"):
         publish(shared_dataset, other)
     hub.make("other/name")
-    with pytest.raises(InputError, match="cannot upload, the token has no right"):
+    with pytest.raises(InputError, match="cannot upload .*the token has no right"):
         publish(shared_dataset, other)
     assert hub.requests["put"] == 0
 
@@ -250,7 +246,7 @@ def test_a_refusal_in_the_middle_is_one_line(shared_dataset, hub, capsys, kind):
     with pytest.raises(SystemExit, match="1"):
         cli.main(["publish", str(shared_dataset), NAME, "--license", "cc0-1.0"])
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("latentds: org/name: cannot upload, the token has no right")
+    assert last.startswith("latentds: org/name: cannot upload (status 403); the token has no right")
 
 
 @pytest.mark.parametrize("fault", ["drop", "503"])
@@ -368,35 +364,6 @@ def test_private_means_private(shared_dataset, hub):
         publish(shared_dataset, Publication(repository="org/open", licence="mit"), private=True)
 
 
-def test_a_pull_request_carries_everything(shared_dataset, hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("latentds.hub.set_upload.BATCH_FILES", 1)
-    hub.make(NAME)
-    result = publish(shared_dataset, CC0, pull_request=True)
-    assert result.url.endswith("/discussions/1") and MANIFEST not in hub.files(NAME)
-    assert list(hub.repos[NAME].refs) == ["main", "refs/pr/1"]
-    assert fetch(f"{NAME}@refs/pr/1", tmp_path / "back").manifest.patches == 600
-
-
-def test_a_stranger_may_open_a_pull_request(shared_dataset, hub, monkeypatch):
-    monkeypatch.setattr("latentds.hub.set_upload.BATCH_FILES", 1)
-    hub.make("other/name")
-    other = Publication(repository="other/name", licence="mit")
-    assert publish(shared_dataset, other, pull_request=True).checked == 10
-
-
-def test_a_pull_request_cut_off_is_gone_on_with(shared_dataset, hub, monkeypatch):
-    monkeypatch.setattr("latentds.hub.set_upload.BATCH_FILES", 1)
-    hub.make(NAME)
-    hub.faults["commit"] = ["", "500"]
-    with pytest.raises(InputError, match="with --revision refs/pr/1 instead of --pr"):
-        publish(shared_dataset, CC0, pull_request=True)
-    words = ["--license", "cc0-1.0", "--revision", "refs/pr/1"]
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["publish", str(shared_dataset), NAME, *words])
-    card = hub.files(NAME, "refs/pr/1")["README.md"].decode()
-    assert list(hub.repos[NAME].refs) == ["main", "refs/pr/1"] and "refs/pr" not in card
-
-
 def test_an_unreachable_hub_is_one_line(shared_dataset, hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(InputError, match="the connection to the Hub failed"):
@@ -450,28 +417,23 @@ def test_the_commands_print_what_was_done(shared_dataset, hub, tmp_path, capsys,
     assert json.loads(capsys.readouterr().out)["patches"] == 600
 
 
-def test_a_fetch_cut_off_goes_on_where_it_stopped(shared_dataset, hub, tmp_path, monkeypatch):
+def test_a_fetch_cut_off_goes_on_where_it_stopped(shared_dataset, hub, tmp_path):
     publish(shared_dataset, CC0)
-    monkeypatch.setattr("latentds.hub.fetching.PART_BYTES", 20_000)
-    monkeypatch.setattr("latentds.hub.fetching.THREADS", 1)
-    hub.requests.clear()
-    hub.faults["resolve"] = ["", "", "403"]  # the manifest, a part, no more
-    with pytest.raises(InputError, match=r"access refused \(403\)"):
+    hub.faults["resolve"] = [""] * 7 + ["403"] * 99
+    with pytest.raises(InputError, match=r"cannot fetch.*\(status 403\)"):
         fetch(NAME, tmp_path / "back")
     hub.faults.clear()
     assert not (tmp_path / "back" / MANIFEST).exists()
-    kept = (tmp_path / "back" / f"{SHARD}.partial").stat().st_size
-    fetch(NAME, tmp_path / "back")
-    assert kept == 20_000 and verify(tmp_path / "back", "sha256").is_good
-    assert not list((tmp_path / "back").rglob("*.partial"))
+    result = fetch(NAME, tmp_path / "back")
+    assert result.new < result.files - 1 and verify(tmp_path / "back", "sha256").is_good
+    assert not (tmp_path / "back" / ".cache").exists()
 
 
-def test_a_part_of_something_else_is_fetched_anew(shared_dataset, hub, tmp_path):
+def test_a_damaged_file_is_fetched_anew(shared_dataset, hub, tmp_path):
     publish(shared_dataset, CC0)
-    partial = tmp_path / "back" / f"{SHARD}.partial"
-    partial.parent.mkdir(parents=True)
-    partial.write_bytes(b"x" * 1000)
     fetch(NAME, tmp_path / "back")
+    flip_bit(tmp_path / "back" / SHARD, 1000)
+    assert fetch(NAME, tmp_path / "back").new == 1
     assert verify(tmp_path / "back", "sha256").is_good
 
 
@@ -479,7 +441,7 @@ def test_wrong_bytes_are_never_kept(shared_dataset, hub, tmp_path):
     publish(shared_dataset, CC0)
     tree = hub.repos[NAME].tree("main")
     tree[SHARD] = (True, bytes(len(tree[SHARD][1])))
-    with pytest.raises(FormatError, match=rf"{SHARD}: sha256 .* twice; tell the publisher"):
+    with pytest.raises(FormatError, match=rf"{SHARD}: the Hub sends other bytes"):
         fetch(NAME, tmp_path / "back")
     assert not (tmp_path / "back" / SHARD).exists()
     assert not (tmp_path / "back" / MANIFEST).exists()
@@ -496,7 +458,7 @@ def test_folders_that_hold_something_else_are_refused(shared_dataset, hub, tmp_p
         fetch(NAME, dataset)
 
 
-def test_what_cannot_be_fetched_is_said(shared_dataset, hub, tmp_path, monkeypatch):
+def test_what_cannot_be_fetched_is_said(shared_dataset, hub, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such data set on the Hub"):
         fetch(NAME, tmp_path / "a")
     hub.make(NAME, {SHARD: b"half"})
@@ -504,11 +466,6 @@ def test_what_cannot_be_fetched_is_said(shared_dataset, hub, tmp_path, monkeypat
         fetch(NAME, tmp_path / "a")
     with pytest.raises(InputError, match="is not ORG/NAME"):
         fetch("name", tmp_path / "a")
-    publish(shared_dataset, Publication(repository="org/b", licence="mit"))
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-    with pytest.raises(InputError, match="the disk has 10 free"):
-        fetch("org/b", tmp_path / "b")
 
 
 def test_two_fetches_do_not_write_one_folder(shared_dataset, hub, tmp_path):

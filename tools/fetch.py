@@ -27,16 +27,9 @@ class Config:
 
 
 def run(config: Config) -> None:
-    from latentds.core.display import progress
     from latentds.hub.fetching import fetch
 
-    with progress(total=0, desc="fetching", unit="B", unit_scale=True) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        result = fetch(config.repository, config.out, advance)
+    result = fetch(config.repository, config.out)
     summary = {
         "folder": str(result.folder),
         "commit": result.commit,

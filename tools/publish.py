@@ -12,7 +12,6 @@ import tyro
 from latentds_tools.reports.commands import picked, show, tell
 
 from latentds.core.display import say
-from latentds.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +51,6 @@ class Config(PublishOptions):
     """ORG/NAME on the Hub. A missing repository is made."""
     license_link: str | None = None
     """Where to read the licence, where --license is other."""
-    pr: bool = False
-    """Open a pull request instead of committing to the branch."""
     citation: Path | None = None
     """BibTeX file for the card."""
     thumbnails: bool = False
@@ -62,10 +59,6 @@ class Config(PublishOptions):
     look: Path | None = None
     """Folder to write card and preview to as well. By default NAME-look in a dry run, else none."""
 
-    def __post_init__(self) -> None:
-        if self.pr and self.revision:
-            raise InputError("--pr opens a pull request against main; leave --revision")
-
 
 def run(config: Config) -> None:
     from latentds.hub.set_upload import publish
@@ -73,7 +66,6 @@ def run(config: Config) -> None:
     result = publish(
         config.folder,
         publication(config),
-        pull_request=config.pr,
         look=config.look
         or (Path(f"{config.repository.partition('/')[2]}-look") if config.dry_run else None),
         tell=tell,

@@ -13,10 +13,17 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -25,8 +32,14 @@ from latentds.core.storage import READ_BYTES
 from latentds.errors import InputError, UnreachableError
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
-PULL_REQUEST = re.compile(r"refs/pr/\d+")
 LOGIN = "log in with 'hf auth login', or set HF_TOKEN"
+AGAIN = "run the same command again, what was sent is kept"
+REMEDIES = {  # by HTTP status
+    401: f"the token is not accepted: {LOGIN}",
+    403: "the token has no right to: use one that has, or ask an owner of the organization",
+    409: f"somebody else changed it meanwhile: look at it, then {AGAIN}",
+    412: f"somebody else changed it meanwhile: look at it, then {AGAIN}",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +78,7 @@ class Repository:
     """A repository.
 
     name      ORG/NAME
-    revision  branch, or refs/pr/N; a pull request that is opened becomes the revision
+    revision  branch, or refs/pr/N
     kind      "dataset" or "model"
     head      commit the next one is to follow; None until `files` has found it
     """
@@ -75,7 +88,6 @@ class Repository:
             raise InputError(f"{name!r} is not ORG/NAME on the Hub")
         self.name, self.revision = name, revision or "main"
         self.head: str | None = None
-        self.pull_request: str | None = None
         self.api = HfApi()
         self.options = {"repo_id": name, "repo_type": kind}
 
@@ -83,7 +95,7 @@ class Repository:
     def url(self) -> str:
         tree = "" if self.revision == "main" else f"/tree/{self.revision}"
         place = "datasets/" if self.options["repo_type"] == "dataset" else ""
-        return self.pull_request or f"{self.api.endpoint}/{place}{self.name}{tree}"
+        return f"{self.api.endpoint}/{place}{self.name}{tree}"
 
     def check_login(self) -> str:
         """Name of the user whose token is used; InputError where it cannot write."""
@@ -116,6 +128,13 @@ class Repository:
         except FileNotFoundError:
             return None
 
+    def download(self, folder: Path, paths: list[str]) -> None:
+        """Fetch files into a folder; those that an earlier call left half there go on."""
+        with self.asking("fetch"):
+            snapshot_download(
+                **self.options, revision=self.head, local_dir=folder, allow_patterns=paths
+            )
+
     def is_private(self) -> bool:
         with self.asking("look at the repository"):
             return bool(self.api.repo_info(**self.options).private)
@@ -125,16 +144,10 @@ class Repository:
         with self.asking("create the repository"):
             # None, not False: a public set is the user's default, not ours to impose on an org.
             self.api.create_repo(**self.options, private=private or None, exist_ok=True)
-            if self.revision != "main" and not PULL_REQUEST.fullmatch(self.revision):
+            if self.revision != "main" and not self.revision.startswith("refs/"):
                 self.api.create_branch(**self.options, branch=self.revision, exist_ok=True)
 
-    def commit(
-        self,
-        files: dict[str, Path | bytes],
-        deleted: Sequence[str],
-        message: str,
-        open_pull_request: bool = False,
-    ) -> None:
+    def commit(self, files: dict[str, Path | bytes], deleted: Sequence[str], message: str) -> None:
         """One commit; what the Hub already has of the files' bytes is not sent again.
 
         It is refused where somebody else has committed since `files` looked.
@@ -149,12 +162,9 @@ class Repository:
                 operations=[CommitOperationDelete(path) for path in deleted] + additions,
                 commit_message=message,
                 revision=self.revision,
-                create_pr=open_pull_request,
                 parent_commit=self.head,
             )
         self.head = str(made.oid)
-        if open_pull_request:
-            self.pull_request, self.revision = made.pr_url, made.pr_revision
 
     @contextlib.contextmanager
     def asking(self, what: str) -> Iterator[None]:
@@ -162,50 +172,28 @@ class Repository:
         try:
             yield
         except (HTTPError, OSError, RuntimeError, ValueError) as error:
-            # The client wraps what happened to a large file into a RuntimeError.
-            cause = error.__cause__ if type(error) is RuntimeError else error
+            # The client wraps what happened to a large file, or to its question for one.
+            is_wrapped = type(error) in (RuntimeError, LocalEntryNotFoundError)
+            cause = error.__cause__ if is_wrapped else error
             raise self.explain(cause or error, what) from error
 
     def explain(self, error: BaseException, what: str) -> Exception:
-        if isinstance(error, HfHubHTTPError):
-            return self.explain_status(error, what)
         if isinstance(error, OSError) and error.filename:
             return error  # a file here, not the Hub
+        if isinstance(error, HfHubHTTPError):
+            status = error.response.status_code
+            missing = isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
+            if missing or status == 404:
+                return FileNotFoundError(
+                    f"{self.name}@{self.revision}: not on the Hub, or not for you; check the name, "
+                    f"{LOGIN}"
+                )
+            reason = error.response.headers.get("x-error-message") or f"status {status}"
+            remedy = REMEDIES.get(status, AGAIN)
+            return InputError(f"{self.name}: cannot {what} ({reason}); {remedy}")
         if isinstance(error, ValueError):
             return InputError(f"{self.name}: cannot {what}: {error}")
         return UnreachableError(
             f"{self.name}: cannot {what}, the connection to the Hub failed "
-            f"({type(error).__name__}: {error}); {self.again}"
-        )
-
-    @property
-    def again(self) -> str:
-        """How to go on; another run would open another pull request."""
-        how = "run the same command again"
-        if self.pull_request:
-            how += f" with --revision {self.revision} instead of --pr"
-        return f"{how}, what was sent is kept"
-
-    def explain_status(self, error: HfHubHTTPError, what: str) -> Exception:
-        status = error.response.status_code
-        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError) or status == 404:
-            return FileNotFoundError(
-                f"{self.name}@{self.revision}: not on the Hub, or not for you; check the name, "
-                f"{LOGIN}"
-            )
-        reason = error.response.headers.get("x-error-message") or f"status {status}"
-        if status == 401:
-            return InputError(f"{self.name}: the Hub does not accept the token ({reason}); {LOGIN}")
-        if status == 403:
-            return InputError(
-                f"{self.name}: cannot {what}, the token has no right to ({reason}); use a token "
-                "that may write there, or ask an owner of the organization for the role"
-            )
-        if status in (409, 412):
-            return InputError(
-                f"{self.name}: somebody else changed it meanwhile ({reason}); look at it, then "
-                f"{self.again}"
-            )
-        return InputError(
-            f"{self.name}: cannot {what}, the Hub answers {status} ({reason}); later {self.again}"
+            f"({type(error).__name__}: {error}); {AGAIN}"
         )

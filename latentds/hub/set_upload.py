@@ -69,7 +69,6 @@ def publish(
     publication: Publication,
     *,
     private: bool = False,
-    pull_request: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     look: Path | None = None,
@@ -83,7 +82,6 @@ def publish(
     manifest and no reader takes it for a data set.
 
     private       for a repository that is made now
-    pull_request  open one instead of committing to the branch
     overwrite     replace whatever else the repository holds
     dry_run       look, plan, write nothing there; without a network plan as for an empty one
     look          folder that card and preview are written to as well, to be looked at
@@ -121,7 +119,7 @@ def publish(
     bulk = {shard.name for shard in manifest.shards}
     return carry_out(
         repository, plan, bulk, warnings, tell,
-        dry_run=dry_run, pull_request=pull_request, unseen=unseen,
+        dry_run=dry_run, unseen=unseen,
     )  # fmt: skip
 
 
@@ -133,13 +131,12 @@ def carry_out(
     tell: Callable[[str], None],
     *,
     dry_run: bool,
-    pull_request: bool = False,
     unseen: str = "",
 ) -> Published:
     """Send what a plan says, `bulk` first, and compare what arrived; or say what would be done."""
     checked = 0
     if not dry_run:
-        send(repository, plan, bulk, pull_request, tell)
+        send(repository, plan, bulk, tell)
         tell("comparing checksums")
         checked = compare(repository, plan)
     return Published(
@@ -223,7 +220,6 @@ def send(
     repository: Repository,
     plan: PublishPlan,
     bulk: Collection[str],
-    pull_request: bool,
     tell: Callable[[str], None],
 ) -> None:
     """Make the commits: what is to go, `bulk` in batches, then everything else at once."""
@@ -236,8 +232,7 @@ def send(
         tell(f"commit {number} of {len(steps)}: {len(paths)} file(s), {size / 1e6:,.1f} MB")
         message = f"Publish with latentds ({number} of {len(steps)})"
         contents = {path: plan.contents[path] for path in paths}
-        first = pull_request and number == 1
-        repository.commit(contents, deleted, message, open_pull_request=first)
+        repository.commit(contents, deleted, message)
 
 
 def batched(paths: Iterable[str], size: Callable[[str], int]) -> Iterator[list[str]]:

@@ -443,8 +443,8 @@ def test_a_device_that_is_not_there_is_told(folder):
 def test_decoders_on_the_hub_take_a_listed_encoder(folder, hub, tmp_path):
     from latentds.autoencoders import load_autoencoder
     from latentds.autoencoders.decoders import architecture_of, save_decoder
-    from latentds.hub.decoder_upload import publish_decoder
-    from latentds.hub.snippets import Publication
+    from latentds.hub.card import Publication
+    from latentds.hub.model_upload import publish_decoder
 
     tiny = load_autoencoder("tiny")
     trained = {"config": {"pictures": ["in"]}}

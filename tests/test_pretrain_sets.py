@@ -22,7 +22,7 @@ from latentds.autoencoders.decoders import architecture_of, save_decoder
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.embedders.backbone_record import read_record
-from latentds.hub.backbone_upload import licence_warnings
+from latentds.hub.model_upload import backbone_warnings
 from tests.bad_shards import edit_manifest
 from tests.conftest import convert_with_mean, save_pictures
 
@@ -72,7 +72,7 @@ def facts_of(config):
 def test_a_decoders_licence_is_known_when_the_backbone_is_published(sets, decoder, tmp_path):
     main(config_of(tmp_path / "run", sets / "tiny", decoder=(str(decoder),)))
     record = read_record(tmp_path / "run" / "backbone")
-    told = "\n".join(licence_warnings(record, "mit"))
+    told = "\n".join(backbone_warnings(record, "mit"))
     assert "non-commercial (CC BY-NC 4.0), published as mit" in told
     assert "no licence of the training data is recorded" in told
     (own,) = record.trained["source"]["sets"]

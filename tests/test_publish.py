@@ -16,11 +16,10 @@ from latentds_tools import cli
 
 from latentds.errors import FormatError, InputError, UnknownNameError
 from latentds.hub import set_upload
-from latentds.hub.card import PREVIEW
+from latentds.hub.card import PREVIEW, Publication
 from latentds.hub.fetching import fetch
 from latentds.hub.licences import check_licence, is_non_commercial, licence_warnings
-from latentds.hub.set_upload import publish
-from latentds.hub.snippets import Publication
+from latentds.hub.set_upload import licence_parts, publish
 from latentds.loading.loader import LatentLoader
 from latentds.store.cache import CacheConfig
 from latentds.store.format import GOLDEN, MANIFEST
@@ -198,7 +197,8 @@ def test_licences_that_forbid_trade_are_named(shared_dataset):
     card = manifest.contract.autoencoder | {"licence": "cc-by-nc-4.0", "gated": True}
     contract = dataclasses.replace(manifest.contract, autoencoder=card)
     made = manifest.made | {"source": [{"license": "cc-by-nc-sa-4.0"}]}
-    lines = licence_warnings(dataclasses.replace(manifest, contract=contract, made=made), "mit")
+    changed = dataclasses.replace(manifest, contract=contract, made=made)
+    lines = licence_warnings(licence_parts(changed), "mit")
     assert ["non-commercial" in lines[0], "gated" in lines[1], "source" in lines[2]] == [True] * 3
     with pytest.raises(UnknownNameError):
         check_licence("gpl-9", None)

@@ -17,8 +17,8 @@ from latentds.embedders import load_embedder
 from latentds.embedders.backbone_record import CODEBOOK, CONFIG, RECORD, WEIGHTS, read_record
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.errors import FormatError, InputError, UnknownNameError, WeightsError
-from latentds.hub.backbone_upload import licence_warnings, publish_model, published_card
-from latentds.hub.snippets import Publication
+from latentds.hub.card import Publication
+from latentds.hub.model_upload import backbone_warnings, publish_model, published_card
 from latentds.models.backbone_folder import write_backbone
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import Codebook
@@ -188,10 +188,10 @@ def test_a_branch_is_in_the_cards_code(run):
 
 def test_licences_of_the_data_are_warned_of(run):
     record = read_record(run / "backbone")
-    assert any("non-commercial" in line for line in licence_warnings(record, "mit"))
-    assert list(licence_warnings(record, "cc-by-nc-4.0")) == []
+    assert any("non-commercial" in line for line in backbone_warnings(record, "mit"))
+    assert backbone_warnings(record, "cc-by-nc-4.0") == []
     bare = dataclasses.replace(record, trained={})
-    assert any("no licence of the training data" in line for line in licence_warnings(bare, "mit"))
+    assert any("no licence of the training data" in line for line in backbone_warnings(bare, "mit"))
 
 
 def test_the_command_publishes_and_tells_it(run, hub, capsys):
@@ -207,7 +207,10 @@ def test_the_commands_dry_run_lists_what_would_be_sent(run, hub, capsys):
         cli.main(["publish-model", str(run), NAME, "--license", "mit", "--dry-run"])
     captured = capsys.readouterr()
     assert "nothing written" in captured.out and f"send   {WEIGHTS}" in captured.out
-    assert "warning: trained on what is non-commercial" in captured.err and NAME not in hub.repos
+    assert (
+        "warning: what it was trained on is non-commercial" in captured.err
+        and NAME not in hub.repos
+    )
 
 
 def test_the_command_tells_an_error_in_one_line(tmp_path, hub, capsys):

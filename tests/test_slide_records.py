@@ -13,9 +13,9 @@ from PIL import Image
 from latentds.edit.merging import merge
 from latentds.edit.repacking import Repacking, repack
 from latentds.errors import FormatError, InputError
+from latentds.hub.card import Publication
 from latentds.hub.fetching import fetch
 from latentds.hub.set_upload import publish
-from latentds.hub.snippets import Publication
 from latentds.sources.slide_looks import LOOK_PX, OUTLINE, draw_look
 from latentds.store.format import SLIDES_TABLE
 from latentds.store.packs import encode_table

@@ -78,8 +78,8 @@ def publish_model_folder(
     send: Callable[..., Any], config: PublishOptions, folder: Path, repository: str
 ) -> None:
     """Publish a decoder or a backbone by its own function, and say what was done."""
+    from latentds.hub.card import Publication
     from latentds.hub.licences import read_markdown
-    from latentds.hub.snippets import Publication
 
     result = send(
         folder,
@@ -97,18 +97,19 @@ def publish_model_folder(
 
 
 def say_published(result: Any, as_json: bool) -> None:
+    """Warnings to stderr, then what lies on the Hub now."""
     for warning in result.warnings:
         say(f"warning: {warning}", file=sys.stderr)
     show(result.summary(), as_json, as_text)
 
 
 def publication(config: Config) -> Any:
-    from latentds.hub.licences import check_licence, read_markdown
-    from latentds.hub.snippets import Publication
+    from latentds.hub.card import Publication
+    from latentds.hub.licences import read_markdown
 
     return Publication(
         repository=config.repository,
-        licence=check_licence(config.license, config.license_name),
+        licence=config.license,
         licence_name=config.license_name,
         licence_link=config.license_link,
         revision=config.revision,

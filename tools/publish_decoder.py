@@ -25,6 +25,6 @@ class Config(PublishOptions):
 
 
 def run(config: Config) -> None:
-    from latentds.hub.decoder_upload import publish_decoder
+    from latentds.hub.model_upload import publish_decoder
 
     publish_model_folder(publish_decoder, config, config.folder, config.repository)

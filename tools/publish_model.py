@@ -25,6 +25,6 @@ class Config(PublishOptions):
 
 
 def run(config: Config) -> None:
-    from latentds.hub.backbone_upload import publish_model
+    from latentds.hub.model_upload import publish_model
 
     publish_model_folder(publish_model, config, config.folder, config.repository)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from latentds.core.storage import exclusive_lock, write_atomically
 from latentds.errors import FormatError, InputError
-from latentds.hub.card import PREVIEW
+from latentds.hub.card import PREVIEW, README
 from latentds.hub.client import NAME, HubFile, Repository
-from latentds.hub.publish_plan import README
 from latentds.store.format import MANIFEST, SIDECARS, SLIDES_TABLE
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from latentds.store.transport import Transport

@@ -1,14 +1,13 @@
-"""Licences of published sets: which identifiers the Hub knows, and what in a set forbids trade."""
+"""Licences: which identifiers the Hub knows, and what of what is published forbids trade."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from latentds.errors import InputError, unknown_name
-from latentds.store.manifest import Manifest
 
 # hub-docs, repositories-licenses.md, those made for data or found on data sets. 'unknown' and 'cc'
 # are left out: neither says what is allowed. What is not here goes as 'other', with name and link.
@@ -58,26 +57,19 @@ def is_non_commercial(licence: str) -> bool:
     return bool(NON_COMMERCIAL.search(licence.replace("_", " ")))
 
 
-def licence_warnings(manifest: Manifest, identifier: str) -> list[str]:
-    """What a publisher should know before a set goes out under `identifier`, a line each."""
-    card, lines = manifest.contract.autoencoder, []
-    licence, name = str(card.get("licence") or "unknown"), card.get("name", "unknown")
-    if is_non_commercial(licence):
-        lines.append(
-            f"the autoencoder {name} is non-commercial ({licence}); so is decoding with it"
-        )
-    if licence.startswith("unknown"):
-        lines.append(f"the licence of the autoencoder {name} is not recorded; say it in --notes")
-    if card.get("gated"):
-        lines.append(
-            f"the autoencoder {name} is gated ({licence}); whoever decodes with it must accept "
-            "that licence first"
-        )
-    for source in sorted(set(recorded_licences(manifest.made))):
-        if is_non_commercial(source) and not is_non_commercial(identifier):
-            lines.append(
-                f"the source is non-commercial ({source}), the set would not be ({identifier})"
-            )
+def licence_warnings(parts: Iterable[tuple[str, str, bool]], identifier: str) -> list[str]:
+    """What a publisher should know before something goes out under `identifier`, a line each.
+
+    parts  what it comes from, the licence of that, whether that is gated
+    """
+    lines = []
+    for what, licence, is_gated in parts:
+        if is_non_commercial(licence) and not is_non_commercial(identifier):
+            lines.append(f"{what} is non-commercial ({licence}), published as {identifier}")
+        if licence.lower().startswith("unknown"):
+            lines.append(f"the licence of {what} is not known ({licence}); say it in --notes")
+        if is_gated:
+            lines.append(f"{what} is gated ({licence}); see what that licence allows")
     return lines
 
 

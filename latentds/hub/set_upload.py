@@ -8,27 +8,72 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentds.core.storage import write_atomically
 from latentds.errors import FormatError, InputError, UnreachableError
-from latentds.hub.card import PREVIEW, hub_card, make_preview
+from latentds.hub.card import PREVIEW, README, Publication, hub_card, make_preview
 from latentds.hub.client import HubFile, Repository
-from latentds.hub.licences import check_licence, licence_warnings
-from latentds.hub.publish_plan import HUB_OWN, README, PublishPlan, make_plan, plan_missing
-from latentds.hub.snippets import Publication
+from latentds.hub.licences import check_licence, licence_warnings, recorded_licences
 from latentds.store.composing import dataset_card
 from latentds.store.format import MANIFEST, SLIDES_TABLE
 from latentds.store.golden import read_golden
-from latentds.store.manifest import Manifest, read_manifest
+from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest, read_manifest
 from latentds.store.slide_records import need_slide_records
+from latentds.store.transport import Transport
 from latentds.store.verification import verify
 
 # The Hub advises 50 to 100 files a commit. What a killed run has sent but not committed is not sent
 # again, so large batches lose nothing.
-BATCH_FILES, BATCH_BYTES = 50, 50 * 10**9
+BATCH_FILES = 50
+MADE_HERE = (README, PREVIEW)  # may differ from run to run, without being another set's
+HUB_OWN = (".gitattributes", README)  # what the Hub puts into a new repository
+SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublishPlan:
+    """What publishing will do.
+
+    contents  every file of the published set: a path here, or bytes made for it; manifest last
+    sha256    of those the manifest lists
+    missing   paths to be sent, in that order
+    deleted   paths to be removed first
+    """
+
+    contents: dict[str, Path | bytes]
+    sha256: dict[str, str]
+    missing: list[str]
+    deleted: list[str]
+
+    def size(self, path: str) -> int:
+        content = self.contents[path]
+        return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+    def is_there(self, path: str, remote: Mapping[str, HubFile]) -> bool:
+        """Whether the Hub has just these bytes at a path."""
+        return path in remote and remote[path].holds(self.contents[path], self.sha256.get(path))
+
+    def replacing(
+        self, repository: Repository, foreign: list[str], page: str, overwrite: bool, what: str = ""
+    ) -> PublishPlan:
+        """The plan with what is to go first; InputError for that where nothing may be overwritten.
+
+        foreign  what the repository holds of something else
+        page     without which nobody takes what is half replaced for the old thing
+        what     the something else, where that is known
+        """
+        if foreign and not overwrite:
+            shown = ", ".join(foreign[:SHOWN]) + (", ..." if len(foreign) > SHOWN else "")
+            raise InputError(
+                f"{repository.name}@{repository.revision}: holds "
+                f"{what or f'{len(foreign)} file(s) of something else'} ({shown}); choose another "
+                "repository or --revision, or pass --overwrite to replace it (its history keeps it)"
+            )
+        deleted = [path for path in foreign if path not in self.contents or path == page]
+        return dataclasses.replace(self, deleted=deleted)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +86,9 @@ class Published:
     """
 
     url: str
-    commit: str | None
     plan: PublishPlan
     warnings: tuple[str, ...]
+    commit: str | None = None
     checked: int = 0
     unseen: str = ""
 
@@ -97,7 +142,7 @@ def publish(
         repository.check_login()  # before hundreds of GB are hashed
     tell("checking the folder's sha256")
     manifest = check_folder(Path(folder), thumbnails)
-    warnings = tuple(licence_warnings(manifest, identifier))
+    warnings = tuple(licence_warnings(licence_parts(manifest), identifier))
     contents = gather(Path(folder), manifest, publication, warnings, thumbnails)
     card = Path(folder) / README
     if card.is_file() and card.read_text() != dataset_card(manifest):
@@ -116,37 +161,34 @@ def publish(
             raise
         remote, unseen = {}, str(error)
     plan = make_plan(repository, manifest, contents, remote, overwrite)
-    bulk = {shard.name for shard in manifest.shards}
-    return carry_out(
-        repository, plan, bulk, warnings, tell,
-        dry_run=dry_run, unseen=unseen,
-    )  # fmt: skip
+    published = Published(url=repository.url, plan=plan, warnings=warnings, unseen=unseen)
+    if dry_run:
+        return published
+    return carry_out(repository, published, {shard.name for shard in manifest.shards}, tell)
+
+
+def licence_parts(manifest: Manifest) -> list[tuple[str, str, bool]]:
+    """What a set comes from, as `licence_warnings` takes it."""
+    card = manifest.contract.autoencoder
+    licence = str(card.get("licence") or "unknown")
+    sources = sorted(set(recorded_licences(manifest.made)))
+    return [
+        (f"the autoencoder {card.get('name')}", licence, bool(card.get("gated"))),
+        *(("the source", source, False) for source in sources),
+    ]
 
 
 def carry_out(
     repository: Repository,
-    plan: PublishPlan,
+    published: Published,
     bulk: Collection[str],
-    warnings: tuple[str, ...],
     tell: Callable[[str], None],
-    *,
-    dry_run: bool,
-    unseen: str = "",
 ) -> Published:
-    """Send what a plan says, `bulk` first, and compare what arrived; or say what would be done."""
-    checked = 0
-    if not dry_run:
-        send(repository, plan, bulk, tell)
-        tell("comparing checksums")
-        checked = compare(repository, plan)
-    return Published(
-        url=repository.url,
-        commit=None if dry_run else repository.head,
-        plan=plan,
-        warnings=warnings,
-        checked=checked,
-        unseen=unseen,
-    )
+    """Send what a plan says, `bulk` first, and compare what arrived."""
+    send(repository, published.plan, bulk, tell)
+    tell("comparing checksums")
+    checked = compare(repository, published.plan)
+    return dataclasses.replace(published, commit=repository.head, checked=checked)
 
 
 def have_repository(
@@ -168,6 +210,60 @@ def have_repository(
             "settings first, or choose another name"
         )
     return remote or {}
+
+
+def plan_missing(
+    contents: dict[str, Path | bytes], remote: Mapping[str, HubFile], sha256: dict[str, str]
+) -> PublishPlan:
+    """The plan that sends what the Hub lacks, and removes nothing."""
+    plan = PublishPlan(contents=contents, sha256=sha256, missing=[], deleted=[])
+    missing = [path for path in contents if not plan.is_there(path, remote)]
+    return dataclasses.replace(plan, missing=missing)
+
+
+def make_plan(
+    repository: Repository,
+    manifest: Manifest,
+    contents: dict[str, Path | bytes],
+    remote: dict[str, HubFile],
+    overwrite: bool,
+) -> PublishPlan:
+    """What is to be sent and removed; InputError where the repository holds something else."""
+    sha256 = {shard.name: shard.sha256 for shard in manifest.shards}
+    sha256 |= {name: str(entry["sha256"]) for name, entry in manifest.tables.items()}
+    plan = plan_missing(contents, remote, sha256)
+    found = remote_dataset_id(repository) if MANIFEST in remote else None
+    foreign = find_foreign(plan, remote, is_same=found == manifest.dataset_id)
+    is_other = MANIFEST in remote and found != manifest.dataset_id
+    foreign = [MANIFEST, *foreign] if is_other else foreign
+    what = f"the data set {found}" if found and is_other else ""
+    return plan.replacing(repository, foreign, MANIFEST, overwrite, what)
+
+
+def find_foreign(plan: PublishPlan, remote: dict[str, HubFile], is_same: bool) -> list[str]:
+    """Paths in a repository that are no part of this set.
+
+    Beside the same set people may have put what they like, but not where readers look for shards;
+    without a manifest all must be what an upload of this set that was cut off has left.
+    """
+    extra = [path for path in remote if path not in plan.contents and path not in HUB_OWN]
+    if is_same:
+        ours = ("data/", "preview/", SLIDES_TABLE)  # thumbnails that are no longer to be there
+        return sorted(path for path in extra if path.startswith(ours))
+    free = (*MADE_HERE, MANIFEST)
+    others = [path for path in plan.missing if path in remote and path not in free]
+    return sorted(extra + others)
+
+
+def remote_dataset_id(repository: Repository) -> str | None:
+    """The identity of the set a repository holds; None where its manifest cannot be read."""
+    transport = Transport(f"hf://datasets/{repository.name}@{repository.head}")
+    where = f"{transport.shown}/{MANIFEST}"
+    content = transport.read(MANIFEST, 0, None, MAX_MANIFEST_BYTES)
+    try:
+        return parse_manifest(content, where).dataset_id
+    except FormatError:
+        return None
 
 
 def check_folder(folder: Path, thumbnails: bool) -> Manifest:
@@ -217,36 +313,19 @@ def write_look(folder: Path, contents: dict[str, Path | bytes]) -> None:
 
 
 def send(
-    repository: Repository,
-    plan: PublishPlan,
-    bulk: Collection[str],
-    tell: Callable[[str], None],
+    repository: Repository, plan: PublishPlan, bulk: Collection[str], tell: Callable[[str], None]
 ) -> None:
     """Make the commits: what is to go, `bulk` in batches, then everything else at once."""
-    batches = [*batched([path for path in plan.missing if path in bulk], plan.size)]
-    batches += [[path for path in plan.missing if path not in bulk]]
-    steps: list[tuple[list[str], list[str]]] = [([], plan.deleted), *((b, []) for b in batches)]
+    large = [path for path in plan.missing if path in bulk]
+    steps: list[tuple[list[str], list[str]]] = [([], plan.deleted)]
+    steps += [(large[at : at + BATCH_FILES], []) for at in range(0, len(large), BATCH_FILES)]
+    steps += [([path for path in plan.missing if path not in bulk], [])]
     steps = [step for step in steps if step[0] or step[1]]
     for number, (paths, deleted) in enumerate(steps, 1):
         size = sum(plan.size(path) for path in paths)
         tell(f"commit {number} of {len(steps)}: {len(paths)} file(s), {size / 1e6:,.1f} MB")
         message = f"Publish with latentds ({number} of {len(steps)})"
-        contents = {path: plan.contents[path] for path in paths}
-        repository.commit(contents, deleted, message)
-
-
-def batched(paths: Iterable[str], size: Callable[[str], int]) -> Iterator[list[str]]:
-    """The paths in runs that one commit may hold."""
-    batch: list[str] = []
-    held = 0
-    for path in paths:
-        if batch and (len(batch) == BATCH_FILES or held + size(path) > BATCH_BYTES):
-            yield batch
-            batch, held = [], 0
-        batch.append(path)
-        held += size(path)
-    if batch:
-        yield batch
+        repository.commit({path: plan.contents[path] for path in paths}, deleted, message)
 
 
 def compare(repository: Repository, plan: PublishPlan) -> int:
@@ -282,12 +361,12 @@ def front_matter(
 
 
 def publish_files(
-    repository: Repository,
+    publication: Publication,
     contents: dict[str, Path | bytes],
     *,
     weights: str,
     page: str,
-    warnings: tuple[str, ...],
+    warnings: Sequence[str],
     private: bool,
     overwrite: bool,
     dry_run: bool,
@@ -300,6 +379,7 @@ def publish_files(
     raises   InputError without login or rights, or where the repository holds something else;
              FormatError where the Hub holds other bytes after the upload
     """
+    repository = Repository(publication.repository, publication.revision, kind="model")
     remote = have_repository(repository, private, dry_run)
     plan = plan_missing(contents, remote, {})
     foreign: list[str] = []  # beside their model people may put what they like
@@ -307,4 +387,5 @@ def publish_files(
         foreign = [path for path in remote if path not in contents and path not in HUB_OWN]
         foreign += [path for path in plan.missing if path in remote and path != README]
     plan = plan.replacing(repository, sorted(foreign), page, overwrite)
-    return carry_out(repository, plan, {weights}, warnings, tell, dry_run=dry_run)
+    published = Published(url=repository.url, plan=plan, warnings=tuple(warnings))
+    return published if dry_run else carry_out(repository, published, {weights}, tell)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from latentds.store.transport import shown, unopenable
 
 UPLOADED = ".latentds/uploaded.json"  # beside the local set; never uploaded itself
 LOCATION = re.compile(r"([a-z][a-z0-9+]+):/+(.+)")
-ATTEMPTS = 3
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
 
 
@@ -43,19 +43,24 @@ def upload(
     filesystem, root = open_location(location)
     beside = [name for name in (SLIDES_TABLE, "README.md") if (folder / name).is_file()]
     names = [*(shard.name for shard in manifest.shards), *manifest.tables, *beside, MANIFEST]
-    try:
+    here = {name: (folder / name).stat().st_size for name in names}
+    with judging(location):
         check_free(filesystem, root, location, manifest, overwrite)
-        done = read_done(folder, location, manifest)
-        for name in names:
-            size = (folder / name).stat().st_size
-            if name not in done or size_of(filesystem, f"{root}/{name}") != size:
+        done, there = read_done(folder, location, manifest), sizes(filesystem, root)
+        for name, size in here.items():
+            if name not in done or there.get(name) != size:
                 put(filesystem, folder / name, f"{root}/{name}")
                 done.append(name)
-                keep_done(folder, location, manifest, done)
+                record = {"to": shown(location), "dataset_id": manifest.dataset_id, "files": done}
+                write_atomically(folder / UPLOADED, json.dumps(record).encode())
             progress(name, size)
-        check_arrived(filesystem, root, location, folder, names)
-    except Exception as error:
-        raise judged(error, location) from None
+        there = sizes(filesystem, root)
+        for name, size in here.items():
+            if there.get(name) != size:
+                raise InputError(
+                    f"{shown(location)}/{name}: {there.get(name)} bytes there, {size} here; run "
+                    "the same command again"
+                )
     (folder / UPLOADED).unlink(missing_ok=True)
     return manifest
 
@@ -71,21 +76,27 @@ def download(
     from latentds.core.display import progress
 
     filesystem, root = open_location(location)
-    try:
-        found = filesystem.find(root, detail=True)
-        names = {path.removeprefix(root).lstrip("/"): info for path, info in found.items()}
-        if not names:
+    with judging(location):
+        found = sizes(filesystem, root)
+        if not found:
             raise InputError(f"{shown(location)}: no files there")
-        total = sum(int(info["size"]) for info in names.values())
-        with progress(total=total, unit="B", unit_scale=True, desc="fetching") as bar:
-            for name, info in sorted(names.items()):
-                path, size = folder / inside(name, location), int(info["size"])
+        with progress(total=sum(found.values()), unit="B", unit_scale=True, desc="fetching") as bar:
+            for name, size in sorted(found.items()):
+                path = folder / inside(name, location)
                 if not in_place(name, path, size):
                     fetch(filesystem, f"{root}/{name}", path, size)
                 bar.update(size)
-    except Exception as error:
-        raise judged(error, location) from None
     return folder
+
+
+def sizes(filesystem: Any, root: str) -> dict[str, int]:
+    """Bytes of every file below a path, by relative name; empty where there is nothing."""
+    filesystem.invalidate_cache()
+    try:
+        found = filesystem.find(root, detail=True)
+    except FileNotFoundError:
+        return {}
+    return {path.removeprefix(root).lstrip("/"): int(at["size"]) for path, at in found.items()}
 
 
 def inside(name: str, location: str) -> str:
@@ -118,29 +129,31 @@ def open_location(location: str) -> tuple[Any, str]:
     return filesystem, str(root).rstrip("/")
 
 
-def judged(error: Exception, location: str) -> Exception:
-    """What an error of a store's client means for us; itself where it means nothing more."""
-    kind = type(error)
-    if isinstance(error, PermissionError):
-        return InputError(
+@contextlib.contextmanager
+def judging(location: str) -> Iterator[None]:
+    """Say what an error of a store's client means for us."""
+    try:
+        yield
+    except PermissionError as error:
+        raise InputError(
             f"{shown(location)}: writing is denied ({first_words(error)}); check credentials and "
             "the bucket's policy, then run the same command again"
-        )
-    if kind.__module__.startswith("botocore"):
-        return InputError(
+        ) from None
+    except Exception as error:
+        kind = type(error)
+        if not kind.__module__.startswith("botocore"):
+            raise
+        raise InputError(
             f"{shown(location)}: {kind.__name__}; check credentials (AWS_ACCESS_KEY_ID, a profile) "
             "and the network, then run the same command again"
-        )
-    return error
+        ) from None
 
 
 def refuse_taken(location: str) -> None:
     """InputError where a finished data set lies at a location."""
     filesystem, root = open_location(location)
-    try:
+    with judging(location):
         is_taken = filesystem.exists(f"{root}/{MANIFEST}")
-    except Exception as error:
-        raise judged(error, location) from None
     if is_taken:
         raise InputError(
             f"{shown(location)}: holds a finished data set; choose another --out, or --overwrite"
@@ -167,49 +180,20 @@ def check_free(
 
 
 def put(filesystem: Any, source: Path, target: str) -> None:
-    """One file; object stores show it when it is complete. Tried again where a connection fails."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            if not BUCKETS & set(protocols(filesystem)):  # there it would make a misspelt bucket
-                filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-            filesystem.put_file(str(source), target)
-            return
-        except PermissionError:
-            raise
-        except OSError as error:
-            if attempt == ATTEMPTS:
-                raise InputError(
-                    f"{target}: {first_words(error)}, after {ATTEMPTS} tries; run the same command "
-                    "again, what is there is kept"
-                ) from error
-
-
-def protocols(filesystem: Any) -> tuple[str, ...]:
-    """Names of a file system's protocol."""
+    """One file; object stores show it when it is complete, and their clients try again."""
     names = filesystem.protocol
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def size_of(filesystem: Any, path: str) -> int | None:
-    """Bytes of an object, None where there is none."""
     try:
-        return int(filesystem.info(path)["size"])
-    except FileNotFoundError:
-        return None
-
-
-def check_arrived(
-    filesystem: Any, root: str, location: str, folder: Path, names: list[str]
-) -> None:
-    """Refuse to call a set uploaded of which something is not there as it should be."""
-    filesystem.invalidate_cache()
-    for name in names:
-        found, size = size_of(filesystem, f"{root}/{name}"), (folder / name).stat().st_size
-        if found != size:
-            raise InputError(
-                f"{shown(location)}/{name}: {found} bytes there, {size} here; run the same command "
-                "again"
-            )
+        if BUCKETS.isdisjoint((names,) if isinstance(names, str) else names):
+            filesystem.makedirs(
+                target.rpartition("/")[0], exist_ok=True
+            )  # there it would make a misspelt bucket
+        filesystem.put_file(str(source), target)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"{target}: {first_words(error)}; run the same command again, what is there is kept"
+        ) from error
 
 
 def read_done(folder: Path, location: str, manifest: Manifest) -> list[str]:
@@ -221,9 +205,3 @@ def read_done(folder: Path, location: str, manifest: Manifest) -> list[str]:
         return []
     same = record["to"] == shown(location) and record["dataset_id"] == manifest.dataset_id
     return list(record["files"]) if same else []
-
-
-def keep_done(folder: Path, location: str, manifest: Manifest, done: list[str]) -> None:
-    """Note what is there."""
-    record = {"to": shown(location), "dataset_id": manifest.dataset_id, "files": done}
-    write_atomically(folder / UPLOADED, json.dumps(record).encode())

@@ -27,8 +27,8 @@ from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 from latentds.quantizers.scalar import dequantize_each
 from latentds.store.composing import DEQUANTIZE, dataset_card
 from latentds.store.format import Contract
+from latentds.store.packs import read_contract
 from latentds.store.reader import ShardSet
-from latentds.store.scan import read_contract
 from latentds.store.verification import verify
 from tests.bad_shards import edit_manifest, first_shard
 from tests.conftest import convert_with_mean, save_pictures

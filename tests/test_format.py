@@ -12,8 +12,7 @@ import pytest
 from latentds.errors import FormatError
 from latentds.quantizers.scalar import Codebook
 from latentds.store.format import Contract, check_format, check_npy, npy_header, patch_key
-from latentds.store.packs import Pack, ShardWriter, global_header
-from latentds.store.scan import read_contract, scan_shard
+from latentds.store.packs import Pack, ShardWriter, global_header, read_contract, scan_shard
 
 NPY_HEADER_HEX = (
     "934e554d505901007600"
@@ -77,7 +76,7 @@ def test_tarfile_reads_members_and_header_of_a_shard():
 def test_a_stray_shard_tells_its_own_contract(contract):
     found = read_contract(GOLDEN_SHARD)
     assert found.to_json() == contract.to_json()
-    assert [pack.count for pack in scan_shard(GOLDEN_SHARD, found)] == [2, 1]
+    assert [pack.row["count"] for pack in scan_shard(GOLDEN_SHARD, found)] == [2, 1]
 
 
 def test_contract_survives_json(contract):

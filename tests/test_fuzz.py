@@ -8,8 +8,8 @@ import pytest
 
 from latentds.errors import LatentdsError
 from latentds.store.format import GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
+from latentds.store.packs import read_contract, scan_shard
 from latentds.store.reader import ShardSet
-from latentds.store.scan import read_contract, scan_shard
 from latentds.store.verification import verify
 from tests.bad_shards import edit_manifest, first_shard
 from tests.conftest import convert_with_mean, save_pictures

@@ -11,9 +11,8 @@ import pytest
 
 from latentds.errors import FormatError, UnknownNameError
 from latentds.store.format import MANIFEST, PACKS_TABLE, PATCHES_TABLE
-from latentds.store.packs import member_bytes
+from latentds.store.packs import member_bytes, scan_shard
 from latentds.store.reader import ShardSet
-from latentds.store.scan import scan_shard
 from tests.bad_shards import (
     edit_manifest,
     edit_table,

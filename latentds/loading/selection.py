@@ -127,7 +127,7 @@ def filter_rows(shards: ShardSet, rows: np.ndarray, condition: Any) -> np.ndarra
 
 def column(shards: ShardSet, name: str, rows: np.ndarray) -> Any:
     """A column of the patch table as an Arrow array, unknown values null."""
-    from latentds.store.packs import named, numbered
+    from latentds.store.pack_columns import named, numbered
 
     stored = shards.patches[rows]["slide" if name == "patient" else name]
     if name in NAMES:

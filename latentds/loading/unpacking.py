@@ -16,9 +16,8 @@ from latentds.errors import FormatError, InputError
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.format import CODES, MASKS, PATCHES, Contract, check_npy, patch_key
 from latentds.store.manifest import Manifest
-from latentds.store.packs import MASK_SCHEMA, SCHEMA, decode_table
+from latentds.store.packs import MASK_SCHEMA, SCHEMA, decode_table, read_contract
 from latentds.store.reader import manifest_of, open_files
-from latentds.store.scan import read_contract
 
 Sample = dict[str, Any]
 

@@ -241,7 +241,7 @@ def write_shard(
                 columns = columns.drop_columns(["mask_png"])
             patches = encode_table(columns)
             key = pack_key(split, number, place)
-            writer.add(Pack(key=key, codes=codes, patches=patches, masks=masks))
+            writer.add(Pack(key, codes, patches, masks))
         writer.finish()
 
 

@@ -29,6 +29,7 @@ from latentds.store.format import (
     PACK_DTYPE,
     PACKS_TABLE,
     PATCH_DTYPE,
+    PATCHES,
     PATCHES_TABLE,
     ROWS_CRC32,
     TABLES,
@@ -39,7 +40,7 @@ from latentds.store.format import (
 )
 from latentds.store.manifest import Manifest, ShardRecord
 from latentds.store.open_files import BLOCK_ROWS, KINDS, BlockSums, Table
-from latentds.store.scan import ScannedPack, read_patches, scan_shard
+from latentds.store.packs import SCHEMA, ScannedPack, decode_table, read_member, scan_shard
 
 PART_ROWS = 1 << 16  # of a table that is read as a whole
 AS_BLOCKS = range(64, 1025)  # patches of packs that do for blocks of the patch table
@@ -84,7 +85,16 @@ def index_shard(
     path = folder / name
     packs = list(scan_shard(path, contract)) if packs is None else packs
     check_keys(path, name, packs)
-    table = pa.concat_tables([read_patches(path, pack, INDEXED) for pack in packs])
+    table = pa.concat_tables(
+        decode_table(
+            read_member(path, pack, "patches"),
+            f"{path}, {pack.key}.{PATCHES}",
+            SCHEMA,
+            pack.row["count"],
+            INDEXED,
+        )
+        for pack in packs
+    )
     classes, labels = number_names(table["label"])
     slides, slide_numbers = number_names(table["slide"])
     counts = np.bincount(labels[labels >= 0], minlength=len(classes))
@@ -133,24 +143,17 @@ def number_names(column: pa.ChunkedArray) -> tuple[tuple[str, ...], np.ndarray]:
 def pack_rows(packs: Sequence[ScannedPack]) -> np.ndarray:
     """PACK_DTYPE rows of a shard's packs, the shard numbered 0."""
     rows = np.zeros(len(packs), PACK_DTYPE)
-    rows["count"] = [pack.count for pack in packs]
+    for field in PACK_DTYPE.names or ():
+        rows[field] = [pack.row.get(field, 0) for pack in packs]
     rows["first_patch"] = np.cumsum(rows["count"]) - rows["count"]
-    rows["codes_offset"] = [pack.codes_offset for pack in packs]
-    rows["codes_crc32"] = [pack.codes_crc32 for pack in packs]
-    rows["patches_crc32"] = [pack.patches_crc32 for pack in packs]
-    rows["masks_crc32"] = [pack.masks_crc32 for pack in packs]
-    rows["patches_offset"] = [pack.patches.offset for pack in packs]
-    rows["patches_bytes"] = [pack.patches.size for pack in packs]
-    rows["masks_offset"] = [pack.masks.offset if pack.masks else 0 for pack in packs]
-    rows["masks_bytes"] = [pack.masks.size if pack.masks else 0 for pack in packs]
     return rows
 
 
 def digest_rows(packs: Sequence[ScannedPack]) -> np.ndarray:
     """DIGEST_DTYPE rows of a shard's packs."""
     rows = np.zeros(len(packs), DIGEST_DTYPE)
-    for place, field in enumerate(("codes", "patches", "masks")):
-        joined = b"".join(pack.digests[place] for pack in packs)
+    for field in DIGEST_DTYPE.names or ():
+        joined = b"".join(pack.digests[field] for pack in packs)
         rows[field] = np.frombuffer(joined, np.uint8).reshape(-1, 32)
     return rows
 

@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
+import io
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentds.errors import unknown_name
+from latentds.core.storage import open_picture
+from latentds.errors import FormatError, InputError, unknown_name
 from latentds.store.format import MASKS, PATCHES, patch_key
+from latentds.store.manifest import Manifest
 from latentds.store.tables import PackTable
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 MAX_CACHED_TABLES = 256  # Parquet members that stay parsed
+NUMBERS = ("x", "y", "mpp", "size_px")
 
 
 class PackColumns:
@@ -69,7 +76,7 @@ class PackColumns:
 
         required  InputError for a patch that has none instead
         """
-        from latentds.store.packs import MASK_SCHEMA, decode_mask, no_mask
+        from latentds.store.packs import MASK_SCHEMA
 
         height, width = self.packs.manifest.contract.patch_px
         masks = np.zeros((len(rows), height, width), np.uint8)
@@ -88,3 +95,54 @@ class PackColumns:
                 elif required:
                     raise no_mask(f"{where}, patch {int(rows[place]) - first}")
         return masks
+
+
+def named(numbers: np.ndarray, names: Sequence[str]) -> pa.DictionaryArray:
+    """Numbers of names as the names; null for -1."""
+    import pyarrow as pa
+
+    places = pa.array(numbers.astype(np.int32), mask=numbers < 0)
+    return pa.DictionaryArray.from_arrays(places, pa.array(list(names), pa.string()))
+
+
+def numbered(name: str, stored: np.ndarray) -> pa.Array:
+    """x, y, mpp or size_px of patches; null where unknown."""
+    import pyarrow as pa
+
+    unknown = stored == 0 if name == "size_px" else ~(stored >= 0)  # NaN is not >= 0 either
+    return pa.array(stored, mask=unknown)
+
+
+def patch_columns(rows: np.ndarray, stored: np.ndarray, manifest: Manifest) -> pa.Table:
+    """Row, split, label, slide, x, y, mpp and size_px of patches.
+
+    stored  PATCH_DTYPE, of these rows
+    """
+    import pyarrow as pa
+
+    ends = np.cumsum(list(manifest.splits.values()))
+    columns = {
+        "row": pa.array(rows),
+        "split": named(np.searchsorted(ends, rows, side="right"), list(manifest.splits)),
+        "label": named(stored["label"], manifest.classes),
+        "slide": named(stored["slide"], manifest.slides),
+    }
+    return pa.table(columns | {name: numbered(name, stored[name]) for name in NUMBERS})
+
+
+def no_mask(where: str) -> InputError:
+    """The error of a patch without a mask where every one needs it: zeros would be a class."""
+    return InputError(f"{where} has no mask; give it one, or leave the patch out")
+
+
+def decode_mask(encoded: bytes, size_px: tuple[int, int], where: str) -> np.ndarray:
+    """A mask (H, W) from its PNG bytes, size checked before a pixel is decoded."""
+    try:
+        with open_picture(io.BytesIO(encoded), ["PNG"]) as image:
+            if image.size != size_px[::-1] or image.mode not in ("L", "1"):
+                raise FormatError(
+                    f"{where}: mask is {image.mode} {image.size}, patches are {size_px[::-1]}"
+                )
+            return np.asarray(image.convert("L"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise FormatError(f"{where}: damaged mask ({error})") from error

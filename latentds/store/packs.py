@@ -1,58 +1,64 @@
-"""Packs as members of a tar: codes, and as Parquet columns and masks, a row a patch."""
+"""Packs as members of a tar: codes, and as Parquet columns and masks, a row a patch.
+
+Written as the format has them; read from a shard's first byte to its last, trusting nothing in it.
+"""
 # N patches of a pack, C latent channels, h w latent cells
 
 from __future__ import annotations
 
-import dataclasses
-import io
+import hashlib
+import itertools
 import os
 import tarfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentds.core.storage import canonical_json, naming, open_picture, rename_durably
-from latentds.errors import FormatError, InputError, first_words
-from latentds.store.format import CODES, FORMAT, HEADER_PREFIX, MASKS, PATCHES, Contract, npy_header
-from latentds.store.manifest import Manifest
+from latentds.core.storage import canonical_json, naming, open_regular, parse_json, rename_durably
+from latentds.errors import FormatError, first_words
+from latentds.store.format import (
+    CODES,
+    FORMAT,
+    HEADER_PREFIX,
+    MASKS,
+    MEMBER_PATTERN,
+    MEMBERS,
+    PATCHES,
+    Contract,
+    check_format,
+    check_npy,
+    npy_header,
+)
 from latentds.store.patch_record import Patch
 
-SCHEMA = pa.schema(
-    [
-        ("label", pa.string()),
-        ("slide", pa.string()),
-        ("x", pa.int32()),
-        ("y", pa.int32()),
-        ("mpp", pa.float32()),
-        ("size_px", pa.uint32()),
-        ("source", pa.string()),
-        ("source_encoding", pa.string()),
-    ]
-)
+COLUMNS = {  # of a pack, and the field of a patch that each has
+    "label": ("label", pa.string()),
+    "slide": ("slide", pa.string()),
+    "x": ("x_px_level0", pa.int32()),
+    "y": ("y_px_level0", pa.int32()),
+    "mpp": ("mpp", pa.float32()),
+    "size_px": ("size_px_level0", pa.uint32()),
+    "source": ("source", pa.string()),
+    "source_encoding": ("source_encoding", pa.string()),
+}
+SCHEMA = pa.schema([(name, kind) for name, (_, kind) in COLUMNS.items()])
 MASK_SCHEMA = pa.schema([("mask_png", pa.binary())])
 MAX_COLUMNS_BYTES = 1 << 27  # decompressed; a pack of 65,536 patches has some 20 MB of columns
-NUMBERS = ("x", "y", "mpp", "size_px")
 BLOCK = 512
 RECORD = 10_240  # POSIX: a tar ends on a multiple of 20 blocks
+MAX_HEADER_BYTES = 1 << 24  # an additive codebook of 32 planes and 32 channels takes 1.4 MB
+READ_BYTES = 1 << 20
+NPY_HEAD_BYTES = 4096  # a codes header has 128; numpy refuses longer than 10,000
 
 
 def patches_table(patches: Sequence[Patch]) -> pa.Table:
     """The columns of a pack's patches; a key is not among them, it follows from source, x and y."""
-    rows = {
-        "label": [p.label for p in patches],
-        "slide": [p.slide for p in patches],
-        "x": [p.x_px_level0 for p in patches],
-        "y": [p.y_px_level0 for p in patches],
-        "mpp": [p.mpp for p in patches],
-        "size_px": [p.size_px_level0 for p in patches],
-        "source": [p.source for p in patches],
-        "source_encoding": [p.source_encoding for p in patches],
-    }
+    rows = {name: [getattr(p, field) for p in patches] for name, (field, _) in COLUMNS.items()}
     return pa.table(rows, schema=SCHEMA)
 
 
@@ -87,35 +93,24 @@ def decode_table(
     wanted = list(columns or schema.names)
     try:
         file = pq.ParquetFile(pa.BufferReader(encoded))
-        if rows is not None and file.metadata.num_rows != rows:
-            raise FormatError(f"{where}: {file.metadata.num_rows} rows for {rows} patches")
-        check_schema(file.schema_arrow, schema, wanted, where)
-        check_announced_bytes(file.metadata, where, most_bytes)
+        found = file.schema_arrow
+        for name in wanted:
+            if name not in found.names:
+                raise FormatError(f"{where}: no column {name!r}; it has {found.names}")
+            seen, expected = found.field(name).type, schema.field(name).type
+            if seen != expected:
+                raise FormatError(f"{where}: column {name!r} is {seen}, not {expected}")
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+        announced = sum(chunk.total_uncompressed_size for chunk in chunks)
+        if announced > most_bytes:
+            raise FormatError(f"{where}: would decompress to {announced} bytes; refused")
         table: pa.Table = file.read(columns=wanted, use_threads=False)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise FormatError(f"{where}: not a Parquet table ({first_words(error)})") from error
     if rows is not None and table.num_rows != rows:
         raise FormatError(f"{where}: {table.num_rows} rows for {rows} patches")
     return table
-
-
-def check_schema(found: pa.Schema, schema: pa.Schema, wanted: Sequence[str], where: str) -> None:
-    """Refuse missing columns and columns of other types; more columns than wanted are allowed."""
-    for name in wanted:
-        if name not in found.names:
-            raise FormatError(f"{where}: no column {name!r}; it has {found.names}")
-        seen, expected = found.field(name).type, schema.field(name).type
-        if seen != expected:
-            raise FormatError(f"{where}: column {name!r} is {seen}, not {expected}")
-
-
-def check_announced_bytes(metadata: pq.FileMetaData, where: str, most_bytes: int) -> None:
-    """Refuse tables that would decompress to more than one can hold."""
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
-    announced = sum(chunk.total_uncompressed_size for chunk in chunks)
-    if announced > most_bytes:
-        raise FormatError(f"{where}: would decompress to {announced} bytes; refused")
 
 
 def encode_masks(masks: pa.Array | pa.ChunkedArray) -> bytes | None:
@@ -125,53 +120,7 @@ def encode_masks(masks: pa.Array | pa.ChunkedArray) -> bytes | None:
     return encode_table(pa.table([masks], schema=MASK_SCHEMA))
 
 
-def named(numbers: np.ndarray, names: Sequence[str]) -> pa.DictionaryArray:
-    """Numbers of names as the names; null for -1."""
-    places = pa.array(numbers.astype(np.int32), mask=numbers < 0)
-    return pa.DictionaryArray.from_arrays(places, pa.array(list(names), pa.string()))
-
-
-def numbered(name: str, stored: np.ndarray) -> pa.Array:
-    """x, y, mpp or size_px of patches; null where unknown."""
-    unknown = stored == 0 if name == "size_px" else ~(stored >= 0)  # NaN is not >= 0 either
-    return pa.array(stored, mask=unknown)
-
-
-def patch_columns(rows: np.ndarray, stored: np.ndarray, manifest: Manifest) -> pa.Table:
-    """Row, split, label, slide, x, y, mpp and size_px of patches.
-
-    stored  PATCH_DTYPE, of these rows
-    """
-    ends = np.cumsum(list(manifest.splits.values()))
-    columns = {
-        "row": pa.array(rows),
-        "split": named(np.searchsorted(ends, rows, side="right"), list(manifest.splits)),
-        "label": named(stored["label"], manifest.classes),
-        "slide": named(stored["slide"], manifest.slides),
-    }
-    return pa.table(columns | {name: numbered(name, stored[name]) for name in NUMBERS})
-
-
-def no_mask(where: str) -> InputError:
-    """The error of a patch without a mask where every one needs it: zeros would be a class."""
-    return InputError(f"{where} has no mask; give it one, or leave the patch out")
-
-
-def decode_mask(encoded: bytes, size_px: tuple[int, int], where: str) -> np.ndarray:
-    """A mask (H, W) from its PNG bytes, size checked before a pixel is decoded."""
-    try:
-        with open_picture(io.BytesIO(encoded), ["PNG"]) as image:
-            if image.size != size_px[::-1] or image.mode not in ("L", "1"):
-                raise FormatError(
-                    f"{where}: mask is {image.mode} {image.size}, patches are {size_px[::-1]}"
-                )
-            return np.asarray(image.convert("L"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise FormatError(f"{where}: damaged mask ({error})") from error
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Pack:
+class Pack(NamedTuple):
     """N patches as they are stored.
 
     key      dot-free ASCII
@@ -213,20 +162,6 @@ def member_header(name: str, size: int) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
 
 
-def pack_bytes(pack: Pack) -> bytes:
-    """The members of a pack, in the format's order."""
-    codes = np.ascontiguousarray(pack.codes)
-    if codes.dtype != np.uint8 or codes.ndim < 2 or not len(codes):
-        raise FormatError(
-            f"pack {pack.key}: codes are {codes.dtype} {codes.shape}, not uint8 (N, *codes_shape)"
-        )
-    members = [member_bytes(f"{pack.key}.{CODES}", npy_header(codes.shape) + codes.tobytes())]
-    if pack.masks is not None:
-        members.append(member_bytes(f"{pack.key}.{MASKS}", pack.masks))
-    members.append(member_bytes(f"{pack.key}.{PATCHES}", pack.patches))
-    return b"".join(members)
-
-
 class ShardWriter:
     """A shard being written under a temporary name; `finish` gives it its own.
 
@@ -248,9 +183,18 @@ class ShardWriter:
                 self.file.write(global_header(contract))
 
     def add(self, pack: Pack) -> None:
-        """Append a pack."""
+        """Append a pack, its members in the format's order."""
+        key, codes = pack.key, np.ascontiguousarray(pack.codes)
+        if codes.dtype != np.uint8 or codes.ndim < 2 or not len(codes):
+            raise FormatError(
+                f"pack {key}: codes are {codes.dtype} {codes.shape}, not uint8 (N, *codes_shape)"
+            )
+        members = {CODES: npy_header(codes.shape) + codes.tobytes()}
+        members |= {MASKS: pack.masks} if pack.masks is not None else {}
+        members[PATCHES] = pack.patches
         with naming(self.path):
-            self.file.write(pack_bytes(pack))
+            for kind, content in members.items():
+                self.file.write(member_bytes(f"{key}.{kind}", content))
 
     def sync(self) -> int:
         """Make what was added durable; returns the length that `resume_at` may name."""
@@ -271,11 +215,184 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with naming(self.path):
             self.file.close()  # flushes what a full disk did not take
+
+
+class Member(NamedTuple):
+    """A regular file in a tar: its pack's key, its kind, and where its bytes lie."""
+
+    key: str
+    kind: str
+    offset: int
+    size: int
+
+
+class ScannedPack(NamedTuple):
+    """A pack as found in a shard.
+
+    row        its fields of PACK_DTYPE, offsets from the shard's start
+    digests    sha256 by field of DIGEST_DTYPE
+    checksums  CRC-32 of every patch's codes, (N,)
+    """
+
+    key: str
+    row: dict[str, int]
+    digests: dict[str, bytes]
+    checksums: tuple[int, ...]
+
+
+def read_contract(path: Path) -> Contract:
+    """The contract in a shard's global header; enough to decode it without its manifest."""
+    where = str(path)
+    with open_regular(path, where) as file:
+        fields = read_global_header(file, where)
+    check_format(fields.get(f"{HEADER_PREFIX}format"), where)
+    try:
+        text = fields[f"{HEADER_PREFIX}contract"]
+        record = parse_json(text.encode(errors="surrogateescape"), where)
+    except (KeyError, FormatError) as error:
+        raise FormatError(f"{where}: no readable contract in its header; fetch it anew") from error
+    return Contract.from_json(record, where)
+
+
+def read_global_header(file: BinaryIO, where: str) -> dict[str, str]:
+    """Fields of the PAX global header at the file's start; the file is left behind it."""
+    info = read_header(file, where)
+    if info is None or info.type != tarfile.XGLTYPE:
+        raise FormatError(f"{where}: no PAX global header; not a latentds shard")
+    if not 0 <= info.size <= MAX_HEADER_BYTES:
+        raise FormatError(f"{where}: global header of {info.size} bytes; refused")
+    record = file.read(info.size + -info.size % BLOCK)[: info.size]
+    fields: dict[str, str] = {}
+    start = 0
+    try:  # lines `length key=value`
+        while start < len(record):
+            length = int(record[start : record.index(b" ", start, start + 12)])
+            line = record[start : start + length]
+            key, separator, value = line.partition(b" ")[2].partition(b"=")
+            if length < 5 or not separator or line[-1:] != b"\n":
+                raise ValueError("a record does not end where it says")
+            fields[key.decode()] = value[:-1].decode()
+            start += length
+    except ValueError as error:
+        raise FormatError(f"{where}: damaged global header; not a latentds shard") from error
+    return fields
+
+
+def read_header(file: BinaryIO, where: str) -> tarfile.TarInfo | None:
+    """The next tar header, None at the archive's end."""
+    offset = file.tell()
+    block = file.read(BLOCK)
+    if len(block) == BLOCK and not any(block):
+        return None
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except (tarfile.HeaderError, ValueError, OverflowError) as error:
+        raise FormatError(
+            f"{where}: no tar header at byte {offset} ({error}); fetch it anew"
+        ) from error
+
+
+def scan_members(file: BinaryIO, where: str) -> Iterator[Member]:
+    """The members after the global header; anything but a plain, well-named file is refused."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    read_global_header(file, where)
+    while (info := read_header(file, where)) is not None:
+        match = MEMBER_PATTERN.fullmatch(info.name)
+        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not match:
+            raise FormatError(
+                f"{where}: member {info.name!r} is not a plain KEY.NAME file; refused"
+            )
+        offset = file.tell()
+        end = offset + info.size + -info.size % BLOCK
+        if info.size < 0 or end > size:
+            raise FormatError(
+                f"{where}, {info.name}: {info.size} bytes from byte {offset}, but the shard has "
+                f"{size}; truncated, fetch it anew"
+            )
+        yield Member(match[1], match[2], offset, info.size)
+        file.seek(end)
+
+
+def scan_shard(path: Path, contract: Contract) -> Iterator[ScannedPack]:
+    """Every pack of a shard, headers and checksums read; FormatError names file, key and value.
+
+    Members of kinds this reader does not know are passed over (the version rule allows them).
+    """
+    with open_regular(path, str(path)) as file:
+        seen: set[str] = set()
+        members = scan_members(file, str(path))
+        for key, named in itertools.groupby(members, lambda member: member.key):
+            group: dict[str, Member] = {}
+            for member in named:
+                if member.kind == CODES and (key in seen or group):
+                    raise FormatError(f"{path}, {key}: a second pack of this key; refused")
+                group[member.kind] = member
+            seen.add(key)
+            if group.keys() & set(MEMBERS):
+                yield scan_pack(file, group, contract, f"{path}, {key}")
+
+
+def scan_pack(
+    file: BinaryIO, group: dict[str, Member], contract: Contract, where: str
+) -> ScannedPack:
+    """Check one pack's members and checksum its codes."""
+    for kind in (CODES, PATCHES):
+        if kind not in group:
+            raise FormatError(f"{where}: no {kind} member; fetch the shard anew")
+    codes = group[CODES]
+    file.seek(codes.offset)
+    head = file.read(min(codes.size, NPY_HEAD_BYTES))
+    count = check_npy(head, codes.size, contract.codes_shape, where)
+    size = count * contract.bytes_per_patch
+    places = {"codes": (codes.offset + codes.size - size, size)}
+    for field, kind in (("patches", PATCHES), ("masks", MASKS)):
+        if kind in group:
+            places[field] = group[kind].offset, group[kind].size
+            if group[kind].size > MAX_COLUMNS_BYTES:
+                raise FormatError(f"{where}.{kind}: {group[kind].size} bytes; refused")
+    row, digests = {"count": count}, {"masks": bytes(32)}
+    for field, (offset, size) in places.items():
+        row |= {f"{field}_offset": offset, f"{field}_bytes": size}
+        row[f"{field}_crc32"], digests[field] = summarize_bytes(file, offset, size)
+    checksums = check_codes(file, row["codes_offset"], count, contract, where)
+    return ScannedPack(group[CODES].key, row, digests, checksums)
+
+
+def check_codes(
+    file: BinaryIO, offset: int, count: int, contract: Contract, where: str
+) -> tuple[int, ...]:
+    """CRC-32 of every patch's codes, (N,); refuses codes the codebook has no entry for."""
+    size = contract.bytes_per_patch
+    file.seek(offset)
+    sums: list[int] = []
+    for start in range(0, count, step := max(1, READ_BYTES // size)):
+        patches = min(step, count - start)
+        codes = np.frombuffer(file.read(patches * size), np.uint8)
+        fault = contract.codebook.find_fault(codes.reshape(patches, *contract.codes_shape))
+        if fault is not None:
+            raise FormatError(f"{where}: {fault}")
+        sums += [zlib.crc32(patch.data) for patch in codes.reshape(patches, size)]
+    return tuple(sums)
+
+
+def summarize_bytes(file: BinaryIO, offset: int, size: int) -> tuple[int, bytes]:
+    """zlib's crc32 and the sha256 of `size` bytes from `offset`, read in blocks."""
+    file.seek(offset)
+    crc32 = 0
+    digest = hashlib.sha256()
+    while size and (block := file.read(min(size, READ_BYTES))):
+        crc32 = zlib.crc32(block, crc32)
+        digest.update(block)
+        size -= len(block)
+    return crc32, digest.digest()
+
+
+def read_member(path: Path, pack: ScannedPack, field: str) -> bytes:
+    """The bytes of a pack's columns or masks, by field of DIGEST_DTYPE."""
+    with open_regular(path, str(path)) as file:
+        file.seek(pack.row[f"{field}_offset"])
+        return file.read(pack.row[f"{field}_bytes"])

@@ -354,7 +354,7 @@ class ShardSet:
         Columns row (int64, what `Select(rows=...)` takes), split, label, slide, x, y (pixels of
         level 0), mpp, size_px (of level 0); null where unknown.
         """
-        from latentds.store.packs import patch_columns
+        from latentds.store.pack_columns import patch_columns
 
         rows = np.arange(*(self.patch_range(split) if split else (0, len(self))))
         table = patch_columns(rows, self.patches[rows], self.manifest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,17 @@ from latentds.store.format import DIGESTS, MANIFEST, MASKS, PACKS_TABLE, PATCHES
 from latentds.store.golden import THUMBNAIL_SLACK_DB, decode_pixels, likeness_db, read_golden
 from latentds.store.index import ShardIndex, index_shard, pack_rows, renumber
 from latentds.store.manifest import read_manifest
-from latentds.store.packs import MASK_SCHEMA, decode_mask, decode_table
+from latentds.store.pack_columns import decode_mask
+from latentds.store.packs import (
+    MASK_SCHEMA,
+    ScannedPack,
+    decode_table,
+    read_contract,
+    read_member,
+    scan_shard,
+)
 from latentds.store.reader import ShardSet
-from latentds.store.scan import ScannedPack, read_contract, read_member, scan_shard
 
-Finding = tuple[str, str]  # ("problem" | "note", line)
 NOT_DECODED = "golden patches not decoded"
 CHECKSUMS = ("codes_crc32", "patches_crc32", "masks_crc32")
 LEVELS = ("manifest", "sha256", "members", "golden")
@@ -66,24 +72,21 @@ def verify(
         raise ValueError(f"unknown level {level!r}; one of {', '.join(LEVELS)}")
     if not Path(folder).is_dir():
         raise no_folder(folder)
-    checks: dict[str, Callable[[Path], Iterator[Finding]]] = {
-        "manifest": check_manifest,
-        "sha256": check_hashes,
-        "members": check_members,
-        "golden": lambda path: check_golden(path, autoencoder),
+    path, notes = Path(folder), list[str]()
+    checks: dict[str, Callable[[], Iterable[str]]] = {
+        "manifest": lambda: check_manifest(path, notes),
+        "sha256": lambda: check_hashes(path),
+        "members": lambda: check_members(path),
+        "golden": lambda: check_golden(path, autoencoder, notes),
     }
     problems: list[tuple[str, str]] = []
-    notes: list[str] = []
     reached: list[str] = []
     for name in LEVELS[: LEVELS.index(level) + 1]:
         progress(name)
         reached.append(name)
         try:
-            for kind, line in checks[name](Path(folder)):
-                if kind == "note":
-                    notes.append(line)
-                else:
-                    problems.append((name, line))
+            for line in checks[name]():
+                problems.append((name, line))
         except (LatentdsError, OSError) as error:
             problems.append((name, str(error)))
         if name == "manifest" and problems:
@@ -91,41 +94,40 @@ def verify(
     return Verification(tuple(reached), tuple(problems), tuple(notes))
 
 
-def check_manifest(folder: Path) -> Iterator[Finding]:
+def check_manifest(folder: Path, notes: list[str]) -> tuple[()]:
     """The manifest's own sense, the presence and size of every file, the tables' headers."""
     manifest = read_manifest(folder)
     ShardSet(folder)  # refuses sizes and tables that are not what the manifest says
     listed = {shard.name for shard in manifest.shards}
     for path in sorted((folder / "data").iterdir()):
         if f"data/{path.name}" not in listed:
-            yield (
-                "note",
-                f"{path}: not in the manifest; readers that take data/*.tar would read it too",
+            notes.append(
+                f"{path}: not in the manifest; readers that take data/*.tar would read it too"
             )
     for left_out in manifest.made.get("left_out", []):
-        yield "note", f"left out at conversion: {left_out.get('source')}: {left_out_text(left_out)}"
+        notes.append(f"left out at conversion: {left_out.get('source')}: {left_out_text(left_out)}")
+    return ()
 
 
-def check_hashes(folder: Path) -> Iterator[Finding]:
+def check_hashes(folder: Path) -> Iterator[str]:
     """sha256 of every shard and table."""
     manifest = read_manifest(folder)
     expected = {shard.name: shard.sha256 for shard in manifest.shards}
     expected |= {name: str(entry.get("sha256")) for name, entry in manifest.tables.items()}
     for name, digest in expected.items():
         if ".." in Path(name).parts or Path(name).is_absolute():
-            yield "problem", f"{folder}: the manifest names {name!r}, outside of the folder"
+            yield f"{folder}: the manifest names {name!r}, outside of the folder"
             continue
         if not (folder / name).is_file():
-            yield "problem", f"{folder / name}: missing; the manifest lists it, fetch it"
+            yield f"{folder / name}: missing; the manifest lists it, fetch it"
         elif (found := sha256_file(folder / name)) != digest:
             yield (
-                "problem",
                 f"{folder / name}: sha256 {found[:12]}..., the manifest says {digest[:12]}...; "
-                "damaged or replaced, fetch it anew",
+                "damaged or replaced, fetch it anew"
             )
 
 
-def check_members(folder: Path) -> Iterator[Finding]:
+def check_members(folder: Path) -> Iterator[str]:
     """Every shard, scanned from its first byte, says what manifest and tables say."""
     shards = ShardSet(folder, check_codes=False)
     manifest = shards.manifest
@@ -134,10 +136,10 @@ def check_members(folder: Path) -> Iterator[Finding]:
         try:
             header, contract = read_contract(path), manifest.contract_of(number)
             if canonical_json(header.to_json()) != canonical_json(contract.to_json()):
-                yield "problem", f"{path}: its header's contract is not the manifest's"
+                yield f"{path}: its header's contract is not the manifest's"
             found = list(scan_shard(path, contract))
             damaged = damaged_packs(shards, number, found, path)
-            yield from (("problem", line) for line in damaged)
+            yield from damaged
             if damaged:
                 continue  # columns that are not what was written are not parsed
             # The hash is the level before this one: no need to read the file for it again.
@@ -145,19 +147,18 @@ def check_members(folder: Path) -> Iterator[Finding]:
             yield from compare(shards, number, index, path)
             check_masks(path, found, contract.patch_px)
         except FormatError as error:
-            yield "problem", str(error)
+            yield str(error)
     yield from check_statistics(folder)
 
 
-def check_statistics(folder: Path) -> Iterator[Finding]:
+def check_statistics(folder: Path) -> Iterator[str]:
     """The channel statistics in the manifest are those of the stored codes."""
     shards = ShardSet(folder)
     recorded = shards.manifest.statistics
     if recorded is not None and measure_statistics(shards) != recorded:
         yield (
-            "problem",
             f"{folder / MANIFEST}: channel_statistics are not those of the stored codes; latents "
-            "normalized by them would be off, fetch it anew",
+            "normalized by them would be off, fetch it anew"
         )
 
 
@@ -177,11 +178,11 @@ def damaged_packs(
     ]
 
 
-def compare(shards: ShardSet, number: int, index: ShardIndex, path: Path) -> Iterator[Finding]:
+def compare(shards: ShardSet, number: int, index: ShardIndex, path: Path) -> Iterator[str]:
     """What a scanned shard says against the tables and the manifest."""
     manifest = shards.manifest
     if set(index.classes) - set(manifest.classes) or set(index.slides) - set(manifest.slides):
-        yield "problem", f"{path}: has labels or slides the manifest does not list"
+        yield f"{path}: has labels or slides the manifest does not list"
         return
     own = slice(*shards.first_pack[number : number + 2])
     stored_packs, first = shards.packs[own], int(shards.pack_table.first_patches[number])
@@ -189,84 +190,75 @@ def compare(shards: ShardSet, number: int, index: ShardIndex, path: Path) -> Ite
     if not stored_packs[ROWS_CRC32].any():  # of before it was recorded
         packs[ROWS_CRC32] = 0
     if not np.array_equal(packs, stored_packs):
-        yield (
-            "problem",
-            f"{path}: packs are not as {PACKS_TABLE} says (offsets, counts or checksums)",
-        )
+        yield (f"{path}: packs are not as {PACKS_TABLE} says (offsets, counts or checksums)")
     if shards.digests is not None and not np.array_equal(shards.digests[own], index.digests):
-        yield "problem", f"{path}: packs do not have the sha256 that {DIGESTS} lists"
+        yield f"{path}: packs do not have the sha256 that {DIGESTS} lists"
     stored = shards.patches[first : first + len(patches)]
     if stored.tobytes() != patches.tobytes():
-        yield "problem", f"{path}: columns are not as {PATCHES_TABLE} says"
+        yield f"{path}: columns are not as {PATCHES_TABLE} says"
     listed = manifest.shards[number]
     listed = listed._replace(labels={k: v for k, v in listed.labels.items() if v})
     for field, found, said in zip(listed._fields, index.record, listed, strict=True):
         if found != said:
-            yield "problem", f"{path}: {field} is {found}, the manifest says {said}"
+            yield f"{path}: {field} is {found}, the manifest says {said}"
 
 
 def check_masks(path: Path, packs: Sequence[ScannedPack], patch_px: tuple[int, int]) -> None:
     """Raise FormatError unless every masks member has the pack's length and the patches' size."""
     for pack in packs:
-        if pack.masks is None:
+        if "masks_bytes" not in pack.row:
             continue
         where = f"{path}, {pack.key}.{MASKS}"
-        table = decode_table(read_member(path, pack.masks), where, MASK_SCHEMA, pack.count)
+        content = read_member(path, pack, "masks")
+        table = decode_table(content, where, MASK_SCHEMA, pack.row["count"])
         for encoded in table["mask_png"].to_pylist():
             if encoded is not None:
                 decode_mask(encoded, patch_px, where)
 
 
 def check_golden(
-    folder: Path, given: Autoencoder | str | os.PathLike[str] | None
-) -> Iterator[Finding]:
+    folder: Path, given: Autoencoder | str | os.PathLike[str] | None, notes: list[str]
+) -> Iterator[str]:
     """Golden patches: codes as in the shards, pixels as recorded, looks as the thumbnails."""
     shards = ShardSet(folder)
     contract = shards.manifest.contract
     golden = read_golden(folder, contract, len(shards))
     if not len(golden.rows):
-        yield "note", f"{folder}: no golden patches, nothing to check a decoder with"
+        notes.append(f"{folder}: no golden patches, nothing to check a decoder with")
         return
     stored = shards.read_codes(golden.rows)
     different = (stored != golden.codes).any(axis=tuple(range(1, stored.ndim)))
     for row in golden.rows[different]:
-        yield "problem", f"{folder}: codes of golden patch {row} are not those in its shard"
+        yield f"{folder}: codes of golden patch {row} are not those in its shard"
     autoencoder = find_decoder(contract.autoencoder.get("name"), given)
     if autoencoder is None:
-        yield (
-            "note",
-            f"{NOT_DECODED}: made with a local autoencoder, pass --autoencoder PATH",
-        )
+        notes.append(f"{NOT_DECODED}: made with a local autoencoder, pass --autoencoder PATH")
         return
     contract.check_decoder(autoencoder.card, folder)
     books, numbers = shards.manifest.codebooks, shards.codebook_numbers(golden.rows)
     try:
         decoded = decode_pixels(golden.codes, books, autoencoder, contract.patch_px, numbers)
     except IndexError as error:  # codes of another codebook
-        yield "problem", f"{folder}: golden patches: {error}"
+        yield f"{folder}: golden patches: {error}"
         return
     for place, row in enumerate(golden.rows):
         found = likeness_db(decoded[place], golden.thumbnails[place])
         if found < golden.thumbnail_psnr_db[place] - THUMBNAIL_SLACK_DB:
             yield (
-                "problem",
                 f"{folder}: golden patch {row} decodes to something else: {found:.1f} dB to its "
-                f"thumbnail, {golden.thumbnail_psnr_db[place]:.1f} dB when it was made",
+                f"thumbnail, {golden.thumbnail_psnr_db[place]:.1f} dB when it was made"
             )
     if autoencoder.card.decoder_id != contract.decoder_id:
-        yield (
-            "note",
-            "decoded with another decoder than the recorded one: pixels compared to thumbnails "
-            "only",
+        notes.append(
+            "decoded with another decoder than the recorded one: pixels compared to thumbnails only"
         )
         return
     worst = np.abs(decoded.astype(np.int16) - golden.decoded).reshape(len(decoded), -1).max(1)
     for row, levels in zip(golden.rows, worst, strict=True):
         if levels > golden.tolerance_levels:
             yield (
-                "problem",
                 f"{folder}: golden patch {row} decodes up to {levels} of 255 levels off, "
-                f"{golden.tolerance_levels} are allowed",
+                f"{golden.tolerance_levels} are allowed"
             )
 
 

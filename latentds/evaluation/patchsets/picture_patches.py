@@ -21,7 +21,7 @@ from latentds.sources.picture import Header, Picture
 from latentds.sources.slides import Slides
 from latentds.sources.source import TASK_REGIONS, PatchReader, Source, of_file, tasks_of
 from latentds.store.format import sorted_names
-from latentds.store.packs import decode_mask, no_mask
+from latentds.store.pack_columns import decode_mask, no_mask
 from latentds.store.patch_record import Patch, Place
 
 MAX_WORKERS = 16  # threads where --workers is not given

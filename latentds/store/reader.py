@@ -33,8 +33,8 @@ from latentds.store.tables import (
     Files,
     PackTable,
     check_rows,
-    check_unsummed,
     open_table,
+    warn_of_older,
 )
 
 MAX_NEAR = 256  # packs that the system was asked to read: two windows of the order
@@ -50,7 +50,7 @@ class ShardSet:
     cache        where and how much of a location is kept
     reads_parts  single patches will be read rather than many of a pack
 
-    packs, digests  rows by pack, read where they are wanted; of older sets the whole tables
+    packs, digests  rows by pack, read where they are wanted
     first_patch     row of every pack's first patch
 
     Opening costs the manifest and one `stat` a shard, whatever the number of patches (of packs that
@@ -80,7 +80,7 @@ class ShardSet:
         if not self.is_local:
             self.digests  # noqa: B018  # fetched with the others, for a time without connection
         if manifest is None:
-            check_unsummed(self.files, self.manifest, self.patches)
+            warn_of_older(self.folder, self.manifest, self.patches)
 
     def open_tables(self) -> None:
         """Open the tables and check what opening checks."""
@@ -106,7 +106,7 @@ class ShardSet:
         return PackColumns(self.pack_table, self.read_sound)
 
     @property
-    def digests(self) -> Table | np.ndarray | None:
+    def digests(self) -> Table | None:
         """sha256 of every pack's members, DIGEST_DTYPE; None in sets without."""
         return self.pack_table.digests
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import mmap
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from latentds.core.storage import sha256_file
 from latentds.errors import FormatError
 from latentds.store.cache import KEPT_SHARE
 from latentds.store.format import (
@@ -34,11 +34,9 @@ from latentds.store.open_files import (
     BlockSums,
     Extent,
     LocalFiles,
-    OpenFile,
     Signature,
     Table,
     block_sums,
-    check_head,
     wait_for,
 )
 from latentds.store.remote_files import ALONE, RUN_BYTES, RemoteFiles
@@ -55,33 +53,9 @@ logger = logging.getLogger(__name__)
 MAX_HASHED_BYTES = 1 << 25  # of a patch table without block checksums: hashed when it is opened
 
 
-def read_whole(path: Path, dtype: np.dtype[Any], rows: int, sha256: str | None) -> np.ndarray:
-    """A table in memory; FormatError where it is not what was expected, or not of its hash."""
-    head = check_head(path, dtype, rows)
-    content = OpenFile(path).read(0, head + rows * dtype.itemsize)
-    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise FormatError(
-            f"{path}: not of the hash that the manifest records; damaged, fetch it anew"
-        )
-    return np.frombuffer(content, dtype, rows, head)
-
-
 def rows_of(manifest: Manifest, name: str) -> int:
     """How many rows a table has."""
     return manifest.patches if name in OF_PATCHES else manifest.packs
-
-
-def read_table(files: Files, manifest: Manifest, name: str) -> np.ndarray:
-    """A table in memory, of the hash that the manifest records; from a location, once anew."""
-    sha256 = manifest.tables.get(name, {}).get("sha256")
-    dtype, rows = TABLES[name], rows_of(manifest, name)
-    try:
-        return read_whole(files.table(name, manifest), dtype, rows, sha256)
-    except FormatError:
-        path = files.renew(name, manifest)
-        if path is None:
-            raise
-    return read_whole(path, dtype, rows, sha256)
 
 
 def open_table(
@@ -93,20 +67,33 @@ def open_table(
 ) -> Table:
     """A table whose rows are read when they are wanted, checked by their blocks' checksums.
 
+    One that has none is hashed when it is opened, unless it is of patches, and large.
+
     sums  of its blocks, where they are not in the manifest
     """
-    rows = rows_of(manifest, name)
-    sums = sums or block_sums(manifest.tables.get(name, {}), rows)
+    rows, entry = rows_of(manifest, name), manifest.tables.get(name, {})
+    sums = sums or block_sums(entry, rows)
+    is_small = name not in OF_PATCHES or rows * TABLES[name].itemsize <= MAX_HASHED_BYTES
+    is_hashed = sums is None and is_small and name != CHECKSUMS
     parts = (functools.partial(files.fill_table, name), functools.partial(files.missing, name))
     renew = functools.partial(files.renew, name, manifest, sums)
     settings: tuple[Any, ...] = (TABLES[name], rows, sums, renew, check, *parts)
+
+    def opened(path: Path) -> Table:
+        table = Table(path, *settings)
+        if is_hashed and entry.get("sha256") not in (None, sha256_file(path)):
+            raise FormatError(
+                f"{path}: not of the hash that the manifest records; damaged, fetch it anew"
+            )
+        return table
+
     try:
-        return Table(files.table(name, manifest, sums), *settings)
+        return opened(files.table(name, manifest, sums))
     except FormatError:
         path = renew()
         if path is None:
             raise
-    return Table(path, *settings)
+    return opened(path)
 
 
 class CodeChecks:
@@ -174,7 +161,7 @@ class PackTable:
     first_pack, first_patches  number of every shard's first, and one past the last, int64 (S + 1,)
     spans    rows of the patch table that packs have; by arithmetic where the manifest has their
              size, else held
-    rows     PACK_DTYPE by pack: a Table, where the manifest lacks their size or sums an array
+    rows     PACK_DTYPE by pack
     """
 
     def __init__(self, files: Files, manifest: Manifest) -> None:
@@ -185,46 +172,35 @@ class PackTable:
         self.room = np.array([shard.bytes for shard in shards], np.uint64)
         if isinstance(files, RemoteFiles):
             self.fetch_others(files)
-        self.rows: Table | np.ndarray
-        if self.is_parted(PACKS_TABLE):
-            assert manifest.pack_patches is not None
+        self.rows = open_table(files, manifest, PACKS_TABLE)
+        if manifest.pack_patches is not None:
             self.spans = Spans(firsts, self.first_pack, manifest.pack_patches)
-            self.rows = open_table(files, manifest, PACKS_TABLE, self.check)
         else:
-            self.rows = read_table(files, manifest, PACKS_TABLE)
-            if manifest.pack_patches is not None:
-                self.spans = Spans(firsts, self.first_pack, manifest.pack_patches)
-            else:
-                edges = np.concatenate([[0], np.cumsum(self.rows["count"], dtype=np.int64)])
-                if not np.array_equal(edges[self.first_pack], firsts):
-                    raise self.contradiction()
-                self.spans = Spans.listed(edges)
-            self.check(self.rows, np.arange(len(self.rows)))
+            edges = np.concatenate([[0], np.cumsum(self.rows["count"], dtype=np.int64)])
+            if not np.array_equal(edges[self.first_pack], firsts):
+                raise self.contradiction()
+            self.spans = Spans.listed(edges)
+        self.rows.check = self.check
+        if self.rows.sums is None:
+            self.rows[:]
 
     def fetch_others(self, files: RemoteFiles) -> None:
         """Begin to fetch the other tables, or their headers; what fails is told when it is used."""
         pool = ThreadPoolExecutor(2, "latentds-tables")
         for name in self.manifest.tables.keys() & {PATCHES_TABLE, DIGESTS}:
             entry = self.manifest.tables[name]
-            has_parts = name == PATCHES_TABLE or self.is_parted(name)
-            sums = block_sums(entry, rows_of(self.manifest, name)) if has_parts else None
+            sums = block_sums(entry, rows_of(self.manifest, name))
             if "blocks" not in entry:  # else its sums are in the pack table
                 # Not opened there: Python 3.11 fails where two threads parse (headers) at once.
                 pool.submit(files.table, name, self.manifest, sums)
         pool.shutdown(wait=False)  # its threads end with what they do
 
-    def is_parted(self, name: str) -> bool:
-        """Whether a table of packs can be read by blocks."""
-        sums = block_sums(self.manifest.tables.get(name, {}), self.manifest.packs)
-        return self.manifest.pack_patches is not None and sums is not None
-
     @functools.cached_property
-    def digests(self) -> Table | np.ndarray | None:
+    def digests(self) -> Table | None:
         """sha256 of every pack's members, DIGEST_DTYPE; None in sets without."""
         if DIGESTS not in self.manifest.tables:
             return None
-        opened = open_table if self.is_parted(DIGESTS) else read_table
-        return opened(self.files, self.manifest, DIGESTS)
+        return open_table(self.files, self.manifest, DIGESTS)
 
     def open_patches(
         self, check: Callable[[np.ndarray, np.ndarray], None] = lambda *_: None
@@ -232,8 +208,7 @@ class PackTable:
         """The patch table; of very large sets its blocks are the packs, whose rows have sums."""
         sums = None
         if self.manifest.tables.get(PATCHES_TABLE, {}).get("blocks") == "packs":
-            together = self.rows.spans.size if isinstance(self.rows, Table) else len(self.rows)
-            sums = BlockSums(self.spans, "crc32", self.sums_of_patches, together)
+            sums = BlockSums(self.spans, "crc32", self.sums_of_patches, self.rows.spans.size)
         return open_table(self.files, self.manifest, PATCHES_TABLE, check, sums)
 
     def sums_of_patches(self, packs: np.ndarray) -> list[bytes]:
@@ -281,7 +256,7 @@ class PackTable:
         """Fetch what is not there of packs' rows and digests, side by side."""
         ones, tasks = np.ones(len(packs), np.int64), []
         for table in (self.rows, self.digests):
-            tasks += table.bring(packs, ones, ahead) if isinstance(table, Table) else []
+            tasks += table.bring(packs, ones, ahead) if table is not None else []
         wait_for([] if ahead else tasks)
 
     def want_all(self, split: str, sets: int, columns: bool, masks: bool) -> None:
@@ -336,7 +311,7 @@ class PackTable:
 
     def has(self, packs: np.ndarray) -> np.ndarray:
         """Of which packs rows and digests are there, bool (N,)."""
-        parted = [table for table in (self.rows, self.digests) if isinstance(table, Table)]
+        parted = [table for table in (self.rows, self.digests) if table is not None]
         return np.asarray(np.all([packs >= 0, *(table.has(packs) for table in parted)], axis=0))
 
     def check(self, rows: np.ndarray, packs: np.ndarray) -> None:
@@ -369,17 +344,14 @@ class PackTable:
         )
 
 
-def check_unsummed(files: Files, manifest: Manifest, patches: Table) -> None:
-    """Hash a patch table that has no block checksums, if it is small; say what is not checked."""
-    if patches.sums is not None and manifest.has_digest and CHECKSUMS in manifest.tables:
-        return
-    logger.warning(
-        "%s: of a time before tables, patches and the manifest had checksums of their own: damage "
-        "may go unnoticed, and checking reads whole packs; 'latentds verify' finds all damage, "
-        "'latentds repack' writes a set that has them", files.where,
-    )  # fmt: skip
-    if not patches.sums and manifest.patches * patches.dtype.itemsize <= MAX_HASHED_BYTES:
-        read_table(files, manifest, PATCHES_TABLE)
+def warn_of_older(where: str, manifest: Manifest, patches: Table) -> None:
+    """Say what is not checked of sets of before there were all checksums."""
+    if patches.sums is None or not manifest.has_digest or CHECKSUMS not in manifest.tables:
+        logger.warning(
+            "%s: of a time before tables, patches and the manifest had checksums of their own: "
+            "damage may go unnoticed, and checking reads whole packs; 'latentds verify' finds all "
+            "damage, 'latentds repack' writes a set that has them", where,
+        )  # fmt: skip
 
 
 def ends_past(offsets: np.ndarray, sizes: np.ndarray, room: np.ndarray) -> np.ndarray:

@@ -127,7 +127,7 @@ def test_the_cards_code_runs_as_it_stands(pictures, hub, tmp_path):
     publish(tmp_path / "set", CC0)
     card = hub.files(NAME)["README.md"].decode()
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     script = "\n".join(blocks).replace('device="cuda"', 'device="cpu"')
     script += "\nprint(images.shape, latents.shape, codes.shape, columns[0]['label'])\n"
     home = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
@@ -155,7 +155,7 @@ def test_the_card_says_what_is_known_and_no_more(shared_dataset, hub):
         assert word in card
     assert "[My {licence}](https://example.org/l)" in card and "From a *consented*" in card
     assert re.search(r"8 golden patches.*PSNR is \d+\.\d dB", card, re.DOTALL)
-    assert 'license_name: "My {licence}"\n' in card and "size_categories: [n<1K]" in card
+    assert 'license_name: "My {licence}"\n' in card
 
 
 def test_a_set_without_golden_patches_has_no_preview(dataset, hub):

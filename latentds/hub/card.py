@@ -122,27 +122,7 @@ with open(path) as file:
 {dequantize}
 ```
 
-{books}With `webdataset`, the same packs (it sends no token: fetch a private set first):
-
-```python
-import io
-
-import numpy as np
-import webdataset
-from huggingface_hub import HfApi, hf_hub_url
-
-names = HfApi().list_repo_files("{repository}", repo_type="dataset"{revision})
-shards = [
-    hf_hub_url("{repository}", name, repo_type="dataset"{revision})
-    for name in sorted(names)
-    if name.startswith("data/{split}-")
-]
-for sample in webdataset.WebDataset(shards, shardshuffle=False):
-    codes = np.load(io.BytesIO(sample["{codes}"]), allow_pickle=False)
-    break
-```
-
-`latentds fetch {repository}{at}` downloads everything with checksums, `latentds verify` checks it.
+{books}`latentds fetch {repository}{at}` downloads all of it, `latentds verify` checks it.
 """
 
 
@@ -174,7 +154,6 @@ class Publication:
 
     @property
     def title(self) -> str:
-        """The repository's own name."""
         return self.repository.partition("/")[2]
 
     @property
@@ -226,7 +205,6 @@ def encode_picture(picture: Image.Image) -> bytes:
 def hub_card(
     manifest: Manifest, golden: Golden, publication: Publication, warnings: Sequence[str] = ()
 ) -> str:
-    """The text of a published set's README.md."""
     contract, title = manifest.contract, publication.title
     return CARD.format(
         front_matter=front_matter(
@@ -234,7 +212,6 @@ def hub_card(
             [
                 *publication.licence_lines,
                 f"pretty_name: {json.dumps(title)}",
-                f"size_categories: [{size_category(manifest)}]",
             ],
             (PREVIEW_CONFIG, PREVIEW_FEATURES) if len(golden.rows) else ((), ()),
         ),
@@ -254,15 +231,6 @@ def hub_card(
         loading=loading(manifest, publication),
         citation=citation(manifest, publication),
     )
-
-
-def size_category(manifest: Manifest) -> str:
-    """The Hub's word for a number of rows; ours are packs, patches are what people look for."""
-    names = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
-    for place, name in enumerate(names):
-        if manifest.patches < 1000 * 10**place:
-            return f"{names[place - 1]}<n<{name}" if place else "n<1K"
-    return "n>1T"
 
 
 def facts(manifest: Manifest) -> dict[str, str]:
@@ -342,7 +310,7 @@ def citation(manifest: Manifest, publication: Publication) -> str:
 
 
 def loading(manifest: Manifest, publication: Publication) -> str:
-    """Markdown with code for latentds, datasets and webdataset; a test runs it as it stands."""
+    """Markdown with code for latentds and datasets; a test runs it as it stands."""
     imports, dequantize = DEQUANTIZE[manifest.contract.encoding]
     known = manifest.contract.autoencoder.get("name") in CARDS
     return LOADING.format(

@@ -354,7 +354,6 @@ def front_matter(
     base_model: str | None = None,
     library: str = "latentds",
 ) -> str:
-    """The card's YAML."""
     base = [f"base_model: {base_model}"] if base_model else []
     lines = [*publication.licence_lines, *base, f"library_name: {library}", "tags:"]
     return "\n".join([*lines, *(f"- {tag}" for tag in tags)])

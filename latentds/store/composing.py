@@ -86,6 +86,7 @@ latents = book.dequantize(torch.from_numpy(codes))  # (N, C, h, w), unscaled mea
 integers = book.integers(torch.from_numpy(codes)).integers  # what the records hold""",
     ),
 }
+IMPORTS = "import datasets\nimport numpy as np\nimport pyarrow.parquet"
 # A README that pins the features for the Hub and shows how to read a pack.
 CARD = """---
 {front_matter}---
@@ -285,8 +286,8 @@ def grouped(parts: Iterator[Part], room: int) -> Iterator[Iterator[Part]]:
 
 
 def dataset_card(manifest: Manifest) -> str:
-    """The text of a data set's README.md."""
-    contract = manifest.contract
+    contract, count = manifest.contract, len(manifest.more_codebooks)
+    more = f"; {count} more beside it, a shard's header holds its own" if count else ""
     made = manifest.made.get("codebook", {})
     imports, dequantize = DEQUANTIZE[contract.encoding]
     return CARD.format(
@@ -301,28 +302,16 @@ def dataset_card(manifest: Manifest) -> str:
         encoding=contract.encoding,
         summary=contract.codebook.summary,
         kind=contract.codebook.kind,
-        codebook_origin=markdown(made.get("origin") or "origin not recorded")
-        + more_codebooks(manifest),
+        codebook_origin=markdown(made.get("origin") or "origin not recorded") + more,
         splits="\n".join(f"| {name} | {count:,} |" for name, count in manifest.splits.items()),
         labels=label_table(manifest),
         split=next(iter(manifest.splits)),
         codes=CODES,
         parquet=PATCHES,
         codes_shape=", ".join(map(str, contract.codes_shape)),
-        imports=indented(imports + "import datasets\nimport numpy as np\nimport pyarrow.parquet"),
-        dequantize=indented(dequantize),
+        imports=textwrap.indent(imports + IMPORTS, "    "),
+        dequantize=textwrap.indent(dequantize, "    "),
     )
-
-
-def indented(code: str) -> str:
-    """Lines as Markdown's code has them."""
-    return textwrap.indent(code, "    ")
-
-
-def more_codebooks(manifest: Manifest) -> str:
-    """What a reader of a merged set must know of its other codebooks."""
-    count = len(manifest.more_codebooks)
-    return f"; {count} more beside it, a shard's header holds its own" if count else ""
 
 
 def label_table(manifest: Manifest) -> str:
@@ -364,11 +353,8 @@ def features(manifest: Manifest) -> list[str]:
         "        dtype: uint8",
     ]
     binaries = [MASKS, PATCHES] if has_masks(manifest.made) else [PATCHES]
-    for name, dtype in [
-        *((member, "binary") for member in binaries),
-        ("__key__", "string"),
-        ("__url__", "string"),
-    ]:
+    kinds = dict.fromkeys(binaries, "binary") | {"__key__": "string", "__url__": "string"}
+    for name, dtype in kinds.items():
         lines += [f"  - name: {name}", f"    dtype: {dtype}"]
     return lines
 

@@ -157,7 +157,6 @@ class Contract:
 
     @property
     def bytes_per_patch(self) -> int:
-        """Code bytes of one patch."""
         return math.prod(self.codes_shape)
 
     def check_decoder(self, card: AutoencoderCard, where: object) -> None:
@@ -170,7 +169,6 @@ class Contract:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, codebook included."""
         record = {
             "encoding": self.encoding,
             "latent_id": self.latent_id,

@@ -109,7 +109,6 @@ def latents_pixels(
 def encode_golden(
     rows: np.ndarray, codes: np.ndarray, originals: Sequence[np.ndarray], decoded: np.ndarray
 ) -> bytes:
-    """The golden file's bytes."""
     thumbnails = [shrink(image) for image in originals]
     columns = {
         "row": rows.astype(np.uint64),
@@ -147,7 +146,6 @@ def renumbered(table: pa.Table, rows: np.ndarray) -> pa.Table:
 
 
 def no_golden() -> bytes:
-    """The golden file of a set that has no golden patches."""
     return encode_table(SCHEMA.empty_table())
 
 

@@ -173,7 +173,6 @@ def save_index(index: ShardIndex, path: Path) -> None:
 
 
 def load_index(path: Path) -> ShardIndex:
-    """What `save_index` kept."""
     with np.load(path, allow_pickle=False) as arrays:
         names = json.loads(arrays["names"].tobytes())
         return ShardIndex(
@@ -234,7 +233,6 @@ class TableWriter:
         np.lib.format.write_array_header_1_0(self.file, header)
 
     def write(self, part: np.ndarray) -> None:
-        """Append rows."""
         with naming(self.path):
             self.file.write(part.tobytes())
 

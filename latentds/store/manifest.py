@@ -113,17 +113,14 @@ class Manifest:
 
     @functools.cached_property
     def patches(self) -> int:
-        """Patches of all splits."""
         return sum(shard.patches for shard in self.shards)
 
     @functools.cached_property
     def packs(self) -> int:
-        """Packs of all splits."""
         return sum(shard.packs for shard in self.shards)
 
     @functools.cached_property
     def splits(self) -> dict[str, int]:
-        """Patches of every split."""
         counts: dict[str, int] = {}
         for shard in self.shards:
             counts[shard.split] = counts.get(shard.split, 0) + shard.patches
@@ -163,7 +160,6 @@ class Manifest:
         return self.tables.get(GOLDEN, {}).get("sha256")
 
     def to_json(self) -> str:
-        """The manifest's text."""
         record = {
             "format": FORMAT,
             "contract": self.contract.to_json(),

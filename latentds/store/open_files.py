@@ -129,7 +129,6 @@ class LocalFiles:
         return self.__dict__ | {"opened": OrderedDict()}
 
     def table(self, name: str, *_: Any) -> Path:
-        """A table as a local file."""
         return self.folder / name
 
     def renew(self, *_: Any) -> Path | None:
@@ -187,7 +186,6 @@ class BlockSums(NamedTuple):
     together: int = 1 << 30
 
     def of(self, content: Any) -> bytes:
-        """The checksum of a block's bytes."""
         return KINDS[self.kind][1](content)
 
 

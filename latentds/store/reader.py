@@ -83,7 +83,6 @@ class ShardSet:
             warn_of_older(self.folder, self.manifest, self.patches)
 
     def open_tables(self) -> None:
-        """Open the tables and check what opening checks."""
         self.pack_table = PackTable(self.files, self.manifest)
         self.packs, self.first_patch = self.pack_table.rows, self.pack_table.spans
         self.first_pack, self.shards_of = self.pack_table.first_pack, self.pack_table.shards_of
@@ -102,7 +101,6 @@ class ShardSet:
 
     @functools.cached_property
     def columns(self) -> PackColumns:
-        """What the packs hold beside codes."""
         return PackColumns(self.pack_table, self.read_sound)
 
     @property

@@ -54,7 +54,6 @@ MAX_HASHED_BYTES = 1 << 25  # of a patch table without block checksums: hashed w
 
 
 def rows_of(manifest: Manifest, name: str) -> int:
-    """How many rows a table has."""
     return manifest.patches if name in OF_PATCHES else manifest.packs
 
 

@@ -58,7 +58,6 @@ def unopenable(location: str, error: ImportError | ValueError) -> Exception:
 
 
 def join(location: str, name: str) -> str:
-    """The location of a file in a folder."""
     parts = urlsplit(location)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
@@ -121,7 +120,6 @@ class Transport:
         return str(info.sha)
 
     def url(self, name: str) -> str:
-        """Where a file is fetched from."""
         if not self.hub:
             return join(self.location, name)
         from huggingface_hub import constants, get_token
@@ -194,7 +192,6 @@ class Transport:
         )
 
     def fetch(self, name: str, start: int, size: int | None, limit: int) -> bytes:
-        """One try."""
         if self.hub or self.location.startswith(("https://", "http://")):
             return self.fetch_http(self.url(name), start, size, limit)
         return self.fetch_fsspec(join(self.location, name), start, size, limit)
@@ -253,7 +250,6 @@ class Transport:
         return self.local.session
 
     def fetch_fsspec(self, url: str, start: int, size: int | None, limit: int) -> bytes:
-        """A range by fsspec."""
         import fsspec
 
         try:

@@ -50,7 +50,6 @@ class Verification:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing is wrong."""
         return not self.problems
 
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from latentds.store.channel_statistics import slide_entropies, slide_entropy
 from latentds.store.reader import ShardSet
-from latentds.store.set_measures import slide_entropies, slide_entropy
 from tests.test_tools import call
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.originals import Originals
-from latentds.store.set_measures import are_several, resolutions
+from latentds.store.channel_statistics import are_several, resolutions
 from tests.test_slides import PLACES, convert, slide_pixels, write_job, write_slide
 
 tifffile = pytest.importorskip("tifffile")

@@ -198,9 +198,9 @@ def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
 
 
 def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
+    from latentds.store.channel_statistics import resolutions, slide_entropies
     from latentds.store.format import SLIDES_TABLE
     from latentds.store.reader import ShardSet
-    from latentds.store.set_measures import resolutions, slide_entropies
 
     shards = ShardSet(config.out, manifest=manifest)
     stored = sum(shard.bytes for shard in manifest.shards)
@@ -230,7 +230,7 @@ def planned_resolutions(plan: Any) -> dict[str, int]:
     """Patches of a plan by micrometres a pixel, those of a picture alike."""
     import numpy as np
 
-    from latentds.store.set_measures import resolutions
+    from latentds.store.channel_statistics import resolutions
 
     mpp: list[float] = []
     for picture, header, count in zip(plan.pictures, plan.headers, plan.counts(), strict=True):
@@ -296,7 +296,7 @@ def slide_text(told: dict[str, Any]) -> str:
 
 def mpp_text(found: dict[str, int]) -> str:
     """Patches by resolution, and that there are several."""
-    from latentds.store.set_measures import are_several
+    from latentds.store.channel_statistics import are_several
 
     shown = ", ".join(f"{mpp} um ({count:,})" if mpp != "unknown" else f"unknown ({count:,})"
                       for mpp, count in list(found.items())[:8])  # fmt: skip

@@ -1,4 +1,7 @@
-"""Channel statistics of a data set: recorded in its manifest, or counted in a fixed sample."""
+"""What a set is like: statistics of its latents' channels, how mixed its slides are, its steps.
+
+Channel statistics are recorded in the manifest, or counted in a fixed sample, as steps are.
+"""
 # C latent channels, h w latent cells, N patches sampled, S codebooks
 
 from __future__ import annotations
@@ -6,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 # of a set of 24 million patches as of one of a hundred thousand.
 SAMPLE_PATCHES, SAMPLE_PACKS = 4096, 128
 TRAIN = "train"
+SHARES = (0, 5, 25, 50, 75, 95, 100)  # per cent of the patches
 
 
 def channel_statistics(shards: ShardSet) -> ChannelStatistics:
@@ -159,3 +163,74 @@ def checked_statistics(given: ChannelStatistics, shards: ShardSet) -> ChannelSta
             f"{len(given.mean)}; give those of latents of this autoencoder"
         )
     return given
+
+
+def slide_entropy(slides: np.ndarray) -> float | None:
+    """Shannon entropy in bits of slide numbers (N,); None where no patch has a slide (-1)."""
+    known = slides[slides >= 0]
+    if not len(known):
+        return None
+    shares = np.unique(known, return_counts=True)[1] / len(known)
+    return float(-(shares * np.log2(shares)).sum()) + 0.0  # -0.0 for one slide
+
+
+def slide_entropies(shards: ShardSet) -> dict[str, dict[str, float]]:
+    """Of every split with slides: the mean over its shards, and the split's own entropy, in bits.
+
+    Equal where every shard is like the whole; 0 within shards of one slide each.
+    """
+    records = shards.manifest.shards
+    stops = np.cumsum([record.patches for record in records])
+    parts = np.split(shards.patches["slide"], stops[:-1])
+    found = {}
+    for split in shards.manifest.splits:
+        held = [part for record, part in zip(records, parts, strict=True) if record.split == split]
+        whole = slide_entropy(np.concatenate(held))
+        within = [bits for part in held if (bits := slide_entropy(part)) is not None]
+        if whole is not None:
+            found[split] = {"shards": round(float(np.mean(within)), 3), "split": round(whole, 3)}
+    return found
+
+
+def resolutions(mpp: np.ndarray) -> dict[str, int]:
+    """Patches by micrometres a pixel in three digits, ascending; `unknown` for NaN."""
+    values, counts = np.unique(mpp, return_counts=True)  # NaN is one value
+    found: dict[str, int] = {}
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        name = "unknown" if np.isnan(value) else f"{value:.3g}"
+        found[name] = found.get(name, 0) + count
+    return found
+
+
+def are_several(found: dict[str, int]) -> bool:
+    """Whether resolutions differ by more than 5 %, or some are known and others not."""
+    known = [float(name) for name in found if name != "unknown"]
+    return len(found) > len(known) > 0 or bool(known and max(known) > 1.05 * min(known))
+
+
+def measure_steps(shards: ShardSet) -> dict[str, Any] | None:
+    """The distribution of steps over a fixed sample of patches, some 4,096; None without records.
+
+    returns  JSON values: `patches` sampled, `of` all; `step`, percentiles of the steps; `finest`
+             and `coarsest`, the shares of patches at the ends of what the codebook has: a record
+             has more bytes than those can use, or hardly enough
+    """
+    books = [book for book in shards.manifest.codebooks if isinstance(book, EntropyCodebook)]
+    if not books:  # one encoding a set: all or none
+        return None
+    rows = sample_rows(shards)
+    indices = shards.read_codes(rows)[:, 0].astype(np.int64)
+    numbers = shards.codebook_numbers(rows)
+    steps, last = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.int64)
+    for number, book in enumerate(books):
+        own = numbers == number
+        last[own] = len(book.steps) - 1
+        steps[own] = book.steps[np.minimum(indices[own], len(book.steps) - 1)]
+    values = np.percentile(steps, SHARES).tolist()
+    return {
+        "patches": len(rows),
+        "of": shards.manifest.patches,
+        "step": {f"p{s}": float(f"{v:.4g}") for s, v in zip(SHARES, values, strict=True)},
+        "finest": round(float((indices == 0).mean()), 4),
+        "coarsest": round(float((indices >= last).mean()), 4),
+    }

@@ -15,8 +15,8 @@ from PIL import Image
 
 from latentds.autoencoders.cards import CARDS
 from latentds.core.display import code_span, markdown
-from latentds.store.composing import DEQUANTIZE, front_matter, has_masks, label_table
-from latentds.store.format import CODES, FORMAT, PATCHES, SIDECARS
+from latentds.store.composing import front_matter, has_masks, label_table, reading_code
+from latentds.store.format import FORMAT, MANIFEST
 from latentds.store.golden import Golden, read_golden
 from latentds.store.manifest import Manifest
 from latentds.store.reader import ShardSet
@@ -103,23 +103,7 @@ for batch in loader:
 With `datasets` (a row is a pack of N patches), to latents:
 
 ```python
-{imports}
-import datasets
-import numpy as np
-import pyarrow.parquet
-from huggingface_hub import hf_hub_download
-
-rows = datasets.load_dataset("{repository}", split="{split}", streaming=True{revision})
-row = next(iter(rows))
-codes = np.asarray(row["{codes}"], np.uint8)  # (N, {codes_shape})
-columns = pyarrow.parquet.read_table(io.BytesIO(row["{parquet}"])).to_pylist()  # label, slide, ...
-
-path = hf_hub_download(
-    "{repository}", "{sidecars}/manifest.json", repo_type="dataset"{revision}
-)
-with open(path) as file:
-    contract = json.load(file)["contract"]
-{dequantize}
+{reading}
 ```
 
 {books}`latentds fetch {repository}{at}` downloads all of it, `latentds verify` checks it.
@@ -311,21 +295,18 @@ def citation(manifest: Manifest, publication: Publication) -> str:
 
 def loading(manifest: Manifest, publication: Publication) -> str:
     """Markdown with code for latentds and datasets; a test runs it as it stands."""
-    imports, dequantize = DEQUANTIZE[manifest.contract.encoding]
     known = manifest.contract.autoencoder.get("name") in CARDS
+    repository, branch = publication.repository, publication.branch
+    revision = f', revision="{branch}"' if branch else ""
+    path = f'hf_hub_download("{repository}", "{MANIFEST}", repo_type="dataset"{revision})'
+    code = reading_code(manifest, repository, path, revision)
     return LOADING.format(
-        repository=publication.repository,
+        repository=repository,
         at=publication.at,
-        revision=f', revision="{publication.branch}"' if publication.branch else "",
         autoencoder="" if known else ', autoencoder="PATH_OF_THE_AUTOENCODER"',
         split=next(iter(manifest.splits)),
         height=manifest.contract.patch_px[0],
         width=manifest.contract.patch_px[1],
-        codes=CODES,
-        parquet=PATCHES,
-        sidecars=SIDECARS,
-        codes_shape=", ".join(map(str, manifest.contract.codes_shape)),
-        imports=imports,
-        dequantize=dequantize,
+        reading=f"from huggingface_hub import hf_hub_download\n{code}",
         books=MORE_BOOKS.format(len(manifest.codebooks)) if manifest.more_codebooks else "",
     ).strip()

@@ -55,38 +55,46 @@ Part = tuple[np.ndarray, pa.Table]  # codes and columns; a column mask_png becom
 PACK_PATCHES = 256
 SHARD_BYTES = 256 * 1_000_000  # of codes, as `convert --shard-mb` has it
 
-# Lines that turn `codes` into `latents`, and what they import, by encoding.
+# Lines that turn `codes` into `latents`, by encoding.
 DEQUANTIZE = {
-    "u8": (
-        "import base64\nimport io\nimport json\n",
-        """\
+    "u8": """\
 book = contract["codebook"]
 values = np.frombuffer(base64.b64decode(book["values_f32le_base64"]), "<f4")
 levels = values.reshape(book["rows"], book["levels"])
 channels = np.arange(codes.shape[1])[:, None, None]
 latents = levels[channels % len(levels), codes]  # (N, C, h, w), unscaled means""",
-    ),
-    "u8-sum": (
-        "import base64\nimport io\nimport json\n",
-        """\
+    "u8-sum": """\
 book = contract["codebook"]
 values = np.frombuffer(base64.b64decode(book["values_f32le_base64"]), "<f4")
 tables = values.reshape(book["planes"], book["levels"], book["channels"])
 sums = sum(table[codes[:, plane]] for plane, table in enumerate(tables))
 latents = sums.transpose(0, 3, 1, 2)  # (N, C, h, w), unscaled means""",
-    ),
-    "rans": (
-        "import io\nimport json\n",
-        """\
+    "rans": """\
 import torch
 from latentds.store.format import Contract
 
 book = Contract.from_json(contract, path).codebook
 latents = book.dequantize(torch.from_numpy(codes))  # (N, C, h, w), unscaled means
 integers = book.integers(torch.from_numpy(codes)).integers  # what the records hold""",
-    ),
 }
-IMPORTS = "import datasets\nimport numpy as np\nimport pyarrow.parquet"
+READING = """\
+import base64
+import io
+import json
+
+import datasets
+import numpy as np
+import pyarrow.parquet
+
+rows = datasets.load_dataset("{place}", split="{split}", streaming=True{revision})
+row = next(iter(rows))
+codes = np.asarray(row["codes.npy"], np.uint8)  # (N, {codes_shape})
+columns = pyarrow.parquet.read_table(io.BytesIO(row["patches.parquet"])).to_pylist()  # label, ...
+
+path = {path}
+with open(path) as file:
+    contract = json.load(file)["contract"]
+{dequantize}"""
 # A README that pins the features for the Hub and shows how to read a pack.
 CARD = """---
 {front_matter}---
@@ -108,17 +116,9 @@ Each patch of {width}x{height} px is {bytes_per_patch:,} bytes: the latents of t
         batch.images  # float (B, 3, {height}, {width}) in [0, 1]; \
 batch.labels, batch.slides, batch.coords
 
-Without the loader, a row is a pack of patches:
+Without the loader, a row is a pack of N patches:
 
-{imports}
-    rows = datasets.load_dataset("this folder", split="{split}", streaming=True)
-    row = next(iter(rows))
-    codes = np.asarray(row["{codes}"], np.uint8)  # (N, {codes_shape})
-    columns = pyarrow.parquet.read_table(io.BytesIO(row["{parquet}"])).to_pylist()  \
-# N rows: label, slide, x, y, ...
-    path = "this folder/.latentds/manifest.json"
-    contract = json.load(open(path))["contract"]
-{dequantize}
+{reading}
 
 Check with `latentds verify`. The format is described in latentds' docs/format.md.
 """
@@ -289,7 +289,6 @@ def dataset_card(manifest: Manifest) -> str:
     contract, count = manifest.contract, len(manifest.more_codebooks)
     more = f"; {count} more beside it, a shard's header holds its own" if count else ""
     made = manifest.made.get("codebook", {})
-    imports, dequantize = DEQUANTIZE[contract.encoding]
     return CARD.format(
         front_matter=front_matter(manifest),
         patches=manifest.patches,
@@ -306,11 +305,26 @@ def dataset_card(manifest: Manifest) -> str:
         splits="\n".join(f"| {name} | {count:,} |" for name, count in manifest.splits.items()),
         labels=label_table(manifest),
         split=next(iter(manifest.splits)),
-        codes=CODES,
-        parquet=PATCHES,
+        reading=textwrap.indent(
+            reading_code(manifest, "this folder", f'"this folder/{MANIFEST}"'), "    "
+        ),
+    )
+
+
+def reading_code(manifest: Manifest, place: str, path: str, revision: str = "") -> str:
+    """Code that reads packs of a set without latentds, to latents; a test runs it as it stands.
+
+    place, revision  what `datasets` is given, the second as a further argument
+    path             of the manifest, as an expression
+    """
+    contract = manifest.contract
+    return READING.format(
+        place=place,
+        split=next(iter(manifest.splits)),
+        revision=revision,
         codes_shape=", ".join(map(str, contract.codes_shape)),
-        imports=textwrap.indent(imports + IMPORTS, "    "),
-        dequantize=textwrap.indent(dequantize, "    "),
+        path=path,
+        dequantize=DEQUANTIZE[contract.encoding],
     )
 
 

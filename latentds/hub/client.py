@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from latentds.core.storage import READ_BYTES
 from latentds.errors import InputError, UnreachableError
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -65,13 +65,8 @@ class HubFile:
 
 
 def digest(content: Path | bytes, hasher: hashlib._Hash) -> str:
-    if isinstance(content, bytes):
-        hasher.update(content)
-        return hasher.hexdigest()
-    with content.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            hasher.update(block)
-    return hasher.hexdigest()
+    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hasher).hexdigest()
 
 
 class Repository:

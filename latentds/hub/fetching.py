@@ -12,7 +12,7 @@ from pathlib import Path
 from latentds.core.storage import exclusive_lock, write_atomically
 from latentds.errors import FormatError, InputError
 from latentds.hub.card import PREVIEW, README
-from latentds.hub.client import NAME, HubFile, Repository
+from latentds.hub.client import HubFile, Repository
 from latentds.store.format import MANIFEST, SIDECARS, SLIDES_TABLE
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from latentds.store.transport import Transport
@@ -47,10 +47,8 @@ def fetch(repository: str, out: str | os.PathLike[str] | None = None) -> Fetched
               something else, FormatError where the Hub sends other bytes than the manifest lists
     """
     name, _, revision = repository.removeprefix("hf://datasets/").partition("@")
-    if not NAME.fullmatch(name):
-        raise InputError(f"{repository!r} is not ORG/NAME[@REVISION] on the Hub")
-    folder = Path(out or name.partition("/")[2])
     remote = Repository(name, revision or None)
+    folder = Path(out or name.partition("/")[2])
     listed = remote.files()
     if listed is None:
         raise FileNotFoundError(

@@ -159,22 +159,19 @@ def read_golden(
     codes_shape, patch_px = contract.codes_shape, contract.patch_px
     path = folder / GOLDEN
     table = read_golden_table(folder, sha256).to_pydict()
-    if not table["row"]:
-        nothing = np.zeros(0, np.int64)
-        none = np.zeros((0, *codes_shape), np.uint8), np.zeros((0, *patch_px, 3), np.uint8)
-        return Golden(nothing, *none, [], np.zeros(0), TOLERANCE_LEVELS)
     thumbnail_px = shrink(np.zeros((*patch_px, 3), np.uint8)).shape[:2]
     try:
-        if len(table["row"]) > MAX_GOLDEN or max(table["row"]) >= patches:
+        if len(table["row"]) > MAX_GOLDEN or max(table["row"], default=-1) >= patches:
             raise FormatError(f"{path}: golden patches name rows that are not there")
         codes = [np.frombuffer(patch, np.uint8).reshape(codes_shape) for patch in table["codes"]]
+        decoded = [from_png(encoded, patch_px) for encoded in table["decoded_png"]]
         return Golden(
             rows=np.array(table["row"], np.int64),
-            codes=np.stack(codes),
-            decoded=np.stack([from_png(encoded, patch_px) for encoded in table["decoded_png"]]),
+            codes=np.array(codes, np.uint8).reshape(-1, *codes_shape),
+            decoded=np.array(decoded, np.uint8).reshape(-1, *patch_px, 3),
             thumbnails=[from_png(encoded, thumbnail_px) for encoded in table["thumbnail_png"]],
             thumbnail_psnr_db=np.array([float(value) for value in table["thumbnail_psnr_db"]]),
-            tolerance_levels=max(table["tolerance_levels"]),
+            tolerance_levels=max(table["tolerance_levels"], default=TOLERANCE_LEVELS),
         )
     except (OSError, SyntaxError, ValueError, TypeError, OverflowError) as error:
         raise FormatError(f"{path}: damaged golden patches ({error}); fetch it anew") from error

@@ -151,11 +151,9 @@ def pack_rows(packs: Sequence[ScannedPack]) -> np.ndarray:
 
 def digest_rows(packs: Sequence[ScannedPack]) -> np.ndarray:
     """DIGEST_DTYPE rows of a shard's packs."""
-    rows = np.zeros(len(packs), DIGEST_DTYPE)
-    for field in DIGEST_DTYPE.names or ():
-        joined = b"".join(pack.digests[field] for pack in packs)
-        rows[field] = np.frombuffer(joined, np.uint8).reshape(-1, 32)
-    return rows
+    fields = DIGEST_DTYPE.names or ()
+    joined = b"".join(pack.digests[field] for pack in packs for field in fields)
+    return np.frombuffer(joined, DIGEST_DTYPE)
 
 
 def save_index(index: ShardIndex, path: Path) -> None:

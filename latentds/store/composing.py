@@ -168,7 +168,7 @@ class Composer:
         self, split: str, contract: Contract, packs: Iterable[Part], shard_bytes: int = SHARD_BYTES
     ) -> None:
         """Write packs as shards of at most so many bytes of codes, a pack each at the least."""
-        for shard in grouped(iter(packs), shard_bytes // contract.bytes_per_patch):
+        for shard in grouped(packs, shard_bytes // contract.bytes_per_patch):
             self.add_shard(split, contract, functools.partial(write_shard, contract, split, shard))
 
     def add_shard(
@@ -265,24 +265,18 @@ def cut(parts: Iterable[Part], size: int) -> Iterator[Part]:
         yield np.concatenate(codes), pa.concat_tables(columns)
 
 
-def grouped(parts: Iterator[Part], room: int) -> Iterator[Iterator[Part]]:
-    """Runs of parts of at most `room` patches together, or of one part that is larger.
-
-    Each run must be consumed before the next is asked for.
-    """
-    waiting = next(parts, None)
-
-    def run() -> Iterator[Part]:
-        nonlocal waiting
-        held = 0
-        while waiting is not None and (not held or held + len(waiting[0]) <= room):
-            held += len(waiting[0])
-            part, waiting = waiting, None
-            yield part
-            waiting = next(parts, None)
-
-    while waiting is not None:
-        yield run()
+def grouped(parts: Iterable[Part], room: int) -> Iterator[list[Part]]:
+    """Runs of parts of at most `room` patches together, or of one part that is larger."""
+    held: list[Part] = []
+    count = 0
+    for part in parts:
+        if held and count + len(part[0]) > room:
+            yield held
+            held, count = [], 0
+        held.append(part)
+        count += len(part[0])
+    if held:
+        yield held
 
 
 def dataset_card(manifest: Manifest) -> str:

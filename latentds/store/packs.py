@@ -352,8 +352,6 @@ def scan_pack(
     for field, kind in (("patches", PATCHES), ("masks", MASKS)):
         if kind in group:
             places[field] = group[kind].offset, group[kind].size
-            if group[kind].size > MAX_COLUMNS_BYTES:
-                raise FormatError(f"{where}.{kind}: {group[kind].size} bytes; refused")
     row, digests = {"count": count}, {"masks": bytes(32)}
     for field, (offset, size) in places.items():
         row |= {f"{field}_offset": offset, f"{field}_bytes": size}
@@ -393,6 +391,9 @@ def summarize_bytes(file: BinaryIO, offset: int, size: int) -> tuple[int, bytes]
 
 def read_member(path: Path, pack: ScannedPack, field: str) -> bytes:
     """The bytes of a pack's columns or masks, by field of DIGEST_DTYPE."""
+    size = pack.row[f"{field}_bytes"]
+    if size > MAX_COLUMNS_BYTES:
+        raise FormatError(f"{path}, {pack.key}: {field} of {size} bytes; refused")
     with open_regular(path, str(path)) as file:
         file.seek(pack.row[f"{field}_offset"])
-        return file.read(pack.row[f"{field}_bytes"])
+        return file.read(size)

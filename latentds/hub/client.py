@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from latentds.core.storage import READ_BYTES
 from latentds.errors import InputError, UnreachableError
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -66,7 +67,9 @@ class HubFile:
 
 def digest(content: Path | bytes, hasher: hashlib._Hash) -> str:
     with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hasher).hexdigest()
+        while block := file.read(READ_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 class Repository:
@@ -92,8 +95,8 @@ class Repository:
         place = "datasets/" if self.options["repo_type"] == "dataset" else ""
         return f"{self.api.endpoint}/{place}{self.name}{tree}"
 
-    def check_login(self) -> str:
-        """Name of the user whose token is used; InputError where it cannot write."""
+    def check_login(self) -> None:
+        """Refuse to go on without a token that may write (InputError)."""
         if not get_token():
             raise InputError(f"{self.name}: not logged in to the Hub; {LOGIN} (a write token)")
         with self.asking("log in"):
@@ -104,7 +107,6 @@ class Repository:
                 f"{self.name}: the token of {user['name']} may only read; make one that may write "
                 "at https://huggingface.co/settings/tokens, then 'hf auth login'"
             )
-        return str(user["name"])
 
     def files(self) -> dict[str, HubFile] | None:
         """What the revision holds, by path; None where there is no repository or no such branch."""

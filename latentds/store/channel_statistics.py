@@ -183,7 +183,7 @@ def slide_entropies(shards: ShardSet) -> dict[str, dict[str, float]]:
     stops = np.cumsum([record.patches for record in records])
     parts = np.split(shards.patches["slide"], stops[:-1])
     found = {}
-    for split in shards.manifest.splits:
+    for split in dict.fromkeys(record.split for record in records):
         held = [part for record, part in zip(records, parts, strict=True) if record.split == split]
         whole = slide_entropy(np.concatenate(held))
         within = [bits for part in held if (bits := slide_entropy(part)) is not None]

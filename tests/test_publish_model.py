@@ -103,14 +103,6 @@ def test_another_backbone_is_replaced_only_when_asked_for(run, second, hub):
     assert embedder.card.weights_id == read_record(second).weights_id
 
 
-def test_a_repository_of_something_else_is_left_alone(run, hub):
-    hub.make(NAME, {"config.json": b"{}", "pytorch_model.bin": b"x"})
-    with pytest.raises(InputError, match="something else"):
-        publish_model(run, PLAIN)
-    publish_model(run, PLAIN, overwrite=True)
-    assert "pytorch_model.bin" not in hub.files(NAME)
-
-
 def test_a_licence_is_asked_for(run, hub):
     with pytest.raises(InputError, match="no licence"):
         publish_model(run, dataclasses.replace(PLAIN, licence=None))
@@ -135,12 +127,6 @@ def test_a_damaged_backbone_is_not_published(run, hub, change, error, words):
     with pytest.raises(error, match=words):
         publish_model(run, PLAIN)
     assert NAME not in hub.repos
-
-
-def test_other_bytes_on_the_hub_are_noticed(run, hub):
-    hub.corrupt.add(WEIGHTS)
-    with pytest.raises(FormatError, match="are not what was sent"):
-        publish_model(run, PLAIN)
 
 
 def test_a_name_without_a_repository_says_what_to_pass(hub):

@@ -30,6 +30,7 @@ from latentds.store.verification import verify
 BATCH_FILES = 50
 MADE_HERE = (README, PREVIEW)  # may differ from run to run, without being another set's
 HUB_OWN = (".gitattributes", README)  # what the Hub puts into a new repository
+OURS = ("data/", "preview/", SLIDES_TABLE)  # thumbnails that are no longer to be there
 SHOWN = 3
 
 
@@ -57,14 +58,28 @@ class PublishPlan:
         return path in remote and remote[path].holds(self.contents[path], self.sha256.get(path))
 
     def replacing(
-        self, repository: Repository, foreign: list[str], page: str, overwrite: bool, what: str = ""
+        self,
+        repository: Repository,
+        remote: Mapping[str, HubFile],
+        is_same: bool,
+        page: str,
+        overwrite: bool,
+        what: str = "",
     ) -> PublishPlan:
         """The plan with what is to go first; InputError for that where nothing may be overwritten.
 
-        foreign  what the repository holds of something else
-        page     without which nobody takes what is half replaced for the old thing
-        what     the something else, where that is known
+        Beside the same set or model people may have put what they like, but not where readers look
+        for shards; else all must be what an upload of it that was cut off has left.
+
+        page  without which nobody takes what is half replaced for the old thing
+        what  the repository holds instead, where that is known
         """
+        foreign = [path for path in remote if path not in self.contents and path not in HUB_OWN]
+        if is_same:
+            foreign = [path for path in foreign if page == MANIFEST and path.startswith(OURS)]
+        else:
+            foreign += [path for path in self.missing if path in remote and path not in MADE_HERE]
+        foreign.sort()
         if foreign and not overwrite:
             shown = ", ".join(foreign[:SHOWN]) + (", ..." if len(foreign) > SHOWN else "")
             raise InputError(
@@ -233,26 +248,9 @@ def make_plan(
     sha256 |= {name: str(entry["sha256"]) for name, entry in manifest.tables.items()}
     plan = plan_missing(contents, remote, sha256)
     found = remote_dataset_id(repository) if MANIFEST in remote else None
-    foreign = find_foreign(plan, remote, is_same=found == manifest.dataset_id)
-    is_other = MANIFEST in remote and found != manifest.dataset_id
-    foreign = [MANIFEST, *foreign] if is_other else foreign
-    what = f"the data set {found}" if found and is_other else ""
-    return plan.replacing(repository, foreign, MANIFEST, overwrite, what)
-
-
-def find_foreign(plan: PublishPlan, remote: dict[str, HubFile], is_same: bool) -> list[str]:
-    """Paths in a repository that are no part of this set.
-
-    Beside the same set people may have put what they like, but not where readers look for shards;
-    without a manifest all must be what an upload of this set that was cut off has left.
-    """
-    extra = [path for path in remote if path not in plan.contents and path not in HUB_OWN]
-    if is_same:
-        ours = ("data/", "preview/", SLIDES_TABLE)  # thumbnails that are no longer to be there
-        return sorted(path for path in extra if path.startswith(ours))
-    free = (*MADE_HERE, MANIFEST)
-    others = [path for path in plan.missing if path in remote and path not in free]
-    return sorted(extra + others)
+    is_same = found == manifest.dataset_id
+    what = f"the data set {found}" if found and not is_same else ""
+    return plan.replacing(repository, remote, is_same, MANIFEST, overwrite, what)
 
 
 def remote_dataset_id(repository: Repository) -> str | None:
@@ -381,10 +379,7 @@ def publish_files(
     repository = Repository(publication.repository, publication.revision, kind="model")
     remote = have_repository(repository, private, dry_run)
     plan = plan_missing(contents, remote, {})
-    foreign: list[str] = []  # beside their model people may put what they like
-    if page not in remote or weights in plan.missing:
-        foreign = [path for path in remote if path not in contents and path not in HUB_OWN]
-        foreign += [path for path in plan.missing if path in remote and path != README]
-    plan = plan.replacing(repository, sorted(foreign), page, overwrite)
+    is_same = page in remote and weights not in plan.missing
+    plan = plan.replacing(repository, remote, is_same, page, overwrite)
     published = Published(url=repository.url, plan=plan, warnings=tuple(warnings))
     return published if dry_run else carry_out(repository, published, {weights}, tell)

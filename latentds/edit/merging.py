@@ -22,13 +22,7 @@ from latentds.store.composing import Composer, complete
 from latentds.store.format import GOLDEN, Contract, pack_key
 from latentds.store.golden import MAX_GOLDEN, read_golden_table, renumbered
 from latentds.store.manifest import Manifest
-from latentds.store.packs import (
-    BLOCK,
-    ShardWriter,
-    encode_table,
-    member_header,
-    scan_members,
-)
+from latentds.store.packs import BLOCK, ShardWriter, encode_table, member_header, scan_members
 from latentds.store.reader import ShardSet
 from latentds.store.slide_records import join_slide_records
 

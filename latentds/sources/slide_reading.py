@@ -12,13 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentds.core.storage import check_whole, tiles_file
 from latentds.errors import UnusableError
 from latentds.sources.cut_options import MAGNIFICATION_MPP
-from latentds.sources.picture import Regions
-from latentds.sources.slide_probe import open_whole
-from latentds.sources.slide_ranges import RangedSlide
-from latentds.store.transport import Transport
 
 THUMBNAIL_MPP = 8.0  # a 256 px patch at 0.5 mpp is 16 px of it
 MAX_THUMBNAIL_PX = 4096
@@ -31,18 +26,6 @@ ROUNDING = 1e-9  # of floats: 0.525 is within 5 % of 0.5
 PLAUSIBLE_MPP = (0.05, 20.0)
 MAX_PLACES = 10**7  # a grid of more is a mistake in a resolution
 ReadRegion = Callable[[Any, tuple[int, int], int, tuple[int, int]], Image.Image]
-
-
-def open_slide(path: Path, transport: Transport | None = None, name: str = "") -> Any:
-    """An open slide; InputError (without the name) where OpenSlide cannot.
-
-    transport  of the location that a file with holes is filled from
-    name       of the slide there
-    """
-    if transport is None or not tiles_file(path).is_file():
-        check_whole(path)
-        return open_whole(path)
-    return RangedSlide(open_whole(path), path, transport, name)
 
 
 def is_slide_error(error: Exception) -> bool:
@@ -197,14 +180,6 @@ def shrink_level(
         box = (0, first * high - top, across, min((first + part) * high - top, bottom - top))
         strips.append(np.asarray(region.resize((columns, part), Image.Resampling.BOX, box=box)))
     return np.concatenate(strips), width / columns
-
-
-def bring_regions(slide: Any, regions: Regions, scale: float, edge: int) -> None:
-    """Fetch what `cut_region` will read of a location's slide, all of it side by side."""
-    if isinstance(slide, RangedSlide):
-        level = slide.get_best_level_for_downsample(scale * LEVEL_SLACK)
-        length = math.ceil(edge * scale / slide.level_downsamples[level])
-        slide.bring(level, regions, (length, length))
 
 
 def cut_region(slide: Any, at: tuple[int, int], scale: float, edge: int) -> np.ndarray:

@@ -21,17 +21,15 @@ from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.side_tables import with_tables
 from latentds.sources.slide_looks import LOOK_PX, Overview, SlideLook, draw_look
 from latentds.sources.slide_names import check_slide_names
-from latentds.sources.slide_probe import UNREADABLE, reason_of
+from latentds.sources.slide_probe import UNREADABLE, open_slide, reason_of
 from latentds.sources.slide_reading import (
     ReadRegion,
-    bring_regions,
     cut_region,
     describe_slide,
     distinct,
     grid,
     is_slide_error,
     on_white,
-    open_slide,
     overview_level,
     own_scale,
     slide_mpp,
@@ -42,7 +40,6 @@ from latentds.sources.slide_regions import note_unused_regions, open_regions
 from latentds.sources.source import Inspection, Kept, Source
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 from latentds.store.patch_record import Patch, Place
-from latentds.store.transport import Transport
 
 logger = logging.getLogger(__name__)
 DEFAULT_PATCH_PX = 256
@@ -67,7 +64,6 @@ class Slides(Source):
         self.options, self.root = options, options.source
         self.edge = options.patch_size or DEFAULT_PATCH_PX
         self.handles: Kept[Any] = Kept(OPEN_SLIDES)
-        self.transport = Transport(options.location) if options.location else None
         self.places: dict[str, np.ndarray] = {}
         self.empty: dict[str, str] = {}  # slides without a patch, and why
         self.looked_at: dict[str, int] = {}  # places of patches, those not taken included
@@ -134,11 +130,11 @@ class Slides(Source):
 
     def open(self, picture: Picture) -> Any:
         """A slide's handle; the least recently used of many is closed by its last reader."""
-        path, name = self.file(picture), picture.source
+        path = self.file(picture)
         try:
-            return self.handles.get(name, lambda: open_slide(path, self.transport, name))
+            return self.handles.get(picture.source, lambda: open_slide(path))
         except BaseException:
-            self.handles.drop(name)  # a moment later it may open
+            self.handles.drop(picture.source)  # a moment later it may open
             raise
 
     def find_places(self, picture: Picture, slide: Any) -> np.ndarray:
@@ -340,7 +336,6 @@ class Slides(Source):
         with self.reading(picture):
             slide = self.open(picture)
             scale = self.scale(picture, slide)
-            bring_regions(slide, regions, scale, self.edge)
             images = [cut_region(slide, at, scale, self.edge) for at in regions]
         return [
             Patch(

@@ -1,6 +1,5 @@
 """What is assumed of splits and classes is said: nothing is merged or lost in silence."""
 
-import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,7 +9,6 @@ from pyarrow import csv
 from latentds.conversion.conversion_plan import make_plan
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
-from latentds.sources.image_folder import Met, walk
 from latentds.sources.opening import list_source, open_source
 from tests.archives import encoded, write_members, write_samples
 from tests.conftest import save_pictures
@@ -241,44 +239,6 @@ def test_hidden_pictures_are_told(tmp_path):
     assert [p.source for p in found.pictures] == ["a/p000.png", "b/p000.png"]
     told = "not taken, as names with a dot in front are hidden: 'a/.thumbs/', 'b/.p.png'"
     assert found.notes == (told,)
-
-
-def test_pictures_that_links_list_again_are_told(tmp_path):
-    save_pictures(tmp_path / "in/a", 2)
-    (tmp_path / "in/b").mkdir()
-    (tmp_path / "in/b/same.png").symlink_to(tmp_path / "in/a/p000.png")
-    (tmp_path / "in/a/again.png").symlink_to("p001.png")
-    save_pictures(tmp_path / "elsewhere", 1)
-    (tmp_path / "in/b/other.png").symlink_to(tmp_path / "elsewhere/p000.png")
-    (told,) = listed(tmp_path / "in").notes
-    assert told == (
-        "2 pictures are there more than once, by links, 1 of them in several classes or splits: "
-        "'a/again.png', 'a/p001.png'"
-    )
-
-
-def test_a_folder_that_two_classes_link_to_is_told(tmp_path):
-    save_pictures(tmp_path / "store", 3)
-    for label in ("a", "b"):
-        (tmp_path / "in" / label).mkdir(parents=True)
-        (tmp_path / "in" / label / "s1").symlink_to(tmp_path / "store")
-    assert listed(tmp_path / "in").notes[0].startswith("3 pictures are there more than once")
-    (tmp_path / "in/b/s1").unlink()
-    save_pictures(tmp_path / "in/b", 1)
-    assert listed(tmp_path / "in").notes == ()
-
-
-def test_the_files_of_a_linked_folder_are_not_resolved_one_by_one(tmp_path, monkeypatch):
-    (tmp_path / "store").mkdir()
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a").symlink_to(tmp_path / "store")
-    for number in range(50):
-        (tmp_path / "store" / f"{number}.png").touch()
-    resolved, realpath = list[str](), os.path.realpath
-    monkeypatch.setattr(os.path, "realpath", lambda path: resolved.append(path) or realpath(path))
-    met = Met()
-    assert len(list(walk(tmp_path / "in", met))) == 50 and len(resolved) == 3
-    assert met.links["a/7.png"] == str(tmp_path / "store/7.png")
 
 
 ROWS = ["a,train", ",train", "b,train", ",train", ",test"]

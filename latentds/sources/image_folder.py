@@ -60,8 +60,8 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
     suffixes = picture_suffixes()
     found: list[str] = []
     ignored: list[str] = []
-    met = Met()
-    for path in walk(root, met):
+    hidden: list[str] = []
+    for path in walk(root, hidden):
         (found if PurePosixPath(path).suffix.lower() in suffixes else ignored).append(path)
     if not found:
         raise InputError(
@@ -83,7 +83,7 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
         named = {path: SPLITS.get(split.lower(), split) for path, split in card.splits.items()}
         pictures = tuple(dataclasses.replace(p, split=named[p.source]) for p in pictures)
     notes = (*(card.notes if card else ()), *folders.notes, *note_empty(root, found, folders))
-    notes += note_hidden(root, met.hidden) + note_links(root, pictures, met.links)
+    notes += note_hidden(root, hidden)
     return Listing(pictures, len(ignored), notes, tuple(ignored))
 
 
@@ -225,18 +225,6 @@ def with_path_fields(picture: Picture) -> Picture:
     return dataclasses.replace(picture, **missing) if missing else picture
 
 
-@dataclasses.dataclass(frozen=True)
-class Met:
-    """What a walk meets beside the files that it names.
-
-    hidden  paths whose names begin with a dot; of a folder with a slash at the end
-    links   where the files lie that links led to, by path
-    """
-
-    hidden: list[str] = dataclasses.field(default_factory=list)
-    links: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
 def note_hidden(root: Path, hidden: Iterable[str]) -> tuple[str, ...]:
     """Hidden pictures and folders with some, for people; macOS's `._x.png` are no pictures."""
     suffixes = picture_suffixes()
@@ -253,50 +241,29 @@ def note_hidden(root: Path, hidden: Iterable[str]) -> tuple[str, ...]:
     return (f"not taken, as names with a dot in front are hidden: {some(found)}",)
 
 
-def note_links(
-    root: Path, pictures: Sequence[Picture], links: Mapping[str, str]
-) -> tuple[str, ...]:
-    """That links lead to pictures which are listed elsewhere too, for people."""
-    own, files = os.path.realpath(root), dict[str, list[Picture]]()
-    for picture in pictures if links else ():
-        real = links.get(picture.source, f"{own}/{picture.source}")
-        files.setdefault(real, []).append(picture)
-    twice = [same for same in files.values() if len(same) > 1]
-    if not twice:
-        return ()
-    apart = sum(len({(p.split, p.label) for p in same}) > 1 for same in twice)
-    return (f"{len(twice):,} pictures are there more than once, by links, {apart:,} of them in "
-            f"several classes or splits: {some([p.source for p in twice[0]])}",)  # fmt: skip
-
-
-def walk(root: Path, met: Met | None = None) -> Iterator[str]:
+def walk(root: Path, hidden: list[str] | None = None) -> Iterator[str]:
     """Posix paths of the files below `root`, by name in every folder; links followed, loops not.
 
-    met     is told of what is hidden and where links lead
+    hidden  gets the paths whose names begin with a dot, those of folders with a slash at the end
     raises  InputError for a named pipe, a device or a socket among them
     """
-    met, top = met or Met(), os.path.realpath(root)
 
     def visit(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
         real = os.path.realpath(folder)
         if real in above:
             return
-        is_linked = real != f"{top}/{prefix}".rstrip("/")
         with os.scandir(folder) as entries:
             found = sorted(entries, key=lambda e: e.name)
         for entry in found:
             if entry.name.startswith("."):
-                met.hidden.append(f"{prefix}{entry.name}{'/' if entry.is_dir() else ''}")
+                if hidden is not None:
+                    hidden.append(f"{prefix}{entry.name}{'/' if entry.is_dir() else ''}")
                 continue
             if entry.is_dir():
                 yield from visit(entry.path, f"{prefix}{entry.name}/", (*above, real))
                 continue
             if not entry.is_file() and Path(entry.path).exists():  # a broken link is told later
                 check_regular(Path(entry.path), entry.path)
-            if entry.is_symlink():
-                met.links[f"{prefix}{entry.name}"] = os.path.realpath(entry.path)
-            elif is_linked:
-                met.links[f"{prefix}{entry.name}"] = f"{real}/{entry.name}"
             yield f"{prefix}{entry.name}"
 
     yield from visit(str(root), "", ())

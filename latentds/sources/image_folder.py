@@ -82,8 +82,7 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
     if card is not None:
         named = {path: SPLITS.get(split.lower(), split) for path, split in card.splits.items()}
         pictures = tuple(dataclasses.replace(p, split=named[p.source]) for p in pictures)
-    notes = (*(card.notes if card else ()), *folders.notes, *note_empty(root, found, folders))
-    notes += note_hidden(root, hidden)
+    notes = (*(card.notes if card else ()), *folders.notes, *note_hidden(root, hidden))
     return Listing(pictures, len(ignored), notes, tuple(ignored))
 
 
@@ -187,21 +186,6 @@ def read_folders(root: Path, paths: Sequence[str], use_labels: bool, use_splits:
             f"({odd[0]}); {NO_LABELS} takes none for a class"
         )
     return dataclasses.replace(rule, notes=tuple(notes))
-
-
-def note_empty(root: Path, paths: Iterable[str], rule: Folders) -> tuple[str, ...]:
-    """Folders beside class folders that hold none of these files, for people."""
-    taken: dict[str, set[str]] = {}  # classes by the folder above them
-    for folder in {path.rpartition("/")[0] for path in paths if "/" in path}:
-        parts = folder.split("/")
-        if below := rule.parts(f"{folder}/_")[1]:
-            taken.setdefault("/".join(parts[: -len(below)]), set()).add(below[0])
-    bare: list[str] = []
-    for above, classes in sorted(taken.items()) if rule.use_labels else ():
-        with os.scandir(root / above) as entries:
-            seen = {entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."}
-        bare += [f"{above}/{name}".lstrip("/") for name in sorted(seen - classes)]
-    return (f"no classes, as nothing in them is taken: folders {some(bare)}",) if bare else ()
 
 
 def with_labelled(found: Listing) -> Listing:

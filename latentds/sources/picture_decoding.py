@@ -17,7 +17,6 @@ from latentds.sources.picture import Header
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 BITS_PER_SAMPLE = 258  # TIFF tag
-HEAD_BYTES = 1 << 16
 CONVERTED = ("1", "L", "P", "CMYK", "RGBA", "LA", "PA", "RGBX", "YCbCr")  # to RGB, and counted
 # First quantizer of the luma table in libjpeg's quality scale: table 16 at quality 50.
 JPEG_LUMA_AT_50 = np.array(
@@ -128,49 +127,14 @@ def check_depth(image: Image.Image) -> None:
     pages = getattr(image, "n_frames", 1)
     if pages > 1:
         raise unsupported(f"has {pages} pages; split it into one file a page")
-    bits = bits_a_channel(image)
+    # Pillow scales a PNG's 16 bits itself, and makes noise of those of a planar TIFF.
+    tags, tiles = getattr(image, "tag_v2", {}), getattr(image, "tile", [])
+    is_16_bit = any(";16" in str(tile[3]) for tile in tiles)
+    bits = 16 if is_16_bit else int(np.max(tags.get(BITS_PER_SAMPLE, 8)))
     if bits > 8:
         raise unsupported(
             f"has {bits} bits a channel; convert to 8-bit RGB with a scaling you choose"
         )
-
-
-def bits_a_channel(image: Image.Image) -> int:
-    """Bits of an opened picture's widest channel as its file has them, 8 where it does not say.
-
-    Pillow opens files of more as 8-bit RGB, by a scaling of its own, or (planar TIFF) as noise.
-    """
-    tags = getattr(image, "tag_v2", None)
-    if tags is not None:  # TIFF
-        return int(np.max(tags.get(BITS_PER_SAMPLE, 8)))
-    tiles = getattr(image, "tile", [])  # (decoder, box, offset, arguments with the raw mode)
-    if any(";16" in str(tile[3]) or "16" in str(tile[0]) for tile in tiles):
-        return 16
-    largest = [tile[3][1] for tile in tiles if tile[0] in ("ppm", "ppm_plain")
-               and isinstance(tile[3], tuple) and len(tile[3]) > 1]  # fmt: skip
-    if largest:  # PPM says the largest value
-        return max(int(value).bit_length() for value in largest)
-    return box_bits(image) if image.format in ("JPEG2000", "AVIF") else 8
-
-
-def box_bits(image: Image.Image) -> int:
-    """Bits of JPEG 2000 or AVIF, from the box or marker near its beginning that tells."""
-    file: BinaryIO | None = getattr(image, "fp", None)
-    if file is None:
-        return 8
-    place = file.tell()
-    file.seek(0)
-    head = file.read(HEAD_BYTES)
-    file.seek(place)
-    if image.format == "AVIF":
-        at = head.find(b"av1C")
-        return 8 if at < 0 or not head[at + 6] & 0x40 else 12 if head[at + 6] & 0x20 else 10
-    at = head.find(b"\xff\x4f\xff\x51")  # SOC, SIZ: Csiz at 38 of it, then 3 bytes a component
-    if at < 0 or len(head) < at + 45:
-        return 8
-    count = int.from_bytes(head[at + 40 : at + 42], "big")
-    depths = head[at + 42 : at + 42 + 3 * count : 3]
-    return max([(depth & 0x7F) + 1 for depth in depths], default=8)
 
 
 def check_alpha(image: Image.Image) -> None:

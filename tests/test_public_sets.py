@@ -83,7 +83,6 @@ def test_tcga_ut_has_its_splits_classes_slides_and_patients(tmp_path):
     assert manifest.labels() == {"Skin_Cutaneous_Melanoma": 2, "Uterine_Carcinosarcoma": 1}
     assert sorted(manifest.slides) == sorted(SLIDES)
     found = told(tmp_path / "in", "slide", "split", "mpp")
-    assert "names end in #_#_#, which is not read" in " ".join(listed(tmp_path / "in")[1].notes)
     assert {(known_patient(slide)[1], split, mpp) for slide, split, mpp in found} == {
         ("TCGA-FS-A1Z7", "train", None),
         ("TCGA-N8-A4PN", "val", None),
@@ -96,8 +95,6 @@ def test_the_default_config_of_a_card_wins_and_what_it_leaves_is_told(tmp_path, 
     write_tcga_ut(tmp_path / "in")
     external = tmp_path / "in/data/dataset_external_train_part000.tar"
     external.write_bytes((tmp_path / "in/data/dataset_internal_test_part000.tar").read_bytes())
-    notes = listed(tmp_path / "in/data")[1].notes
-    assert any(note.startswith("1 pictures of named slides are in several arch") for note in notes)
     (tmp_path / "in/README.md").write_text(TCGA_UT)
     _, found = listed(tmp_path / "in" / inside)
     assert sorted(picture.split for picture in found.pictures) == ["test", "train", "val"]

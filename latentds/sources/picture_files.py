@@ -26,7 +26,7 @@ from latentds.sources.image_folder import (
     with_labelled,
     with_path_fields,
 )
-from latentds.sources.names import is_identifier, name_fields, note_numbers
+from latentds.sources.names import is_identifier, name_fields
 from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.picture_decoding import (
     MASK_SUFFIXES,
@@ -91,8 +91,7 @@ class PictureFiles(Source):
             named = tuple(dataclasses.replace(p, **pattern(p.source)) for p in found.pictures)
             return dataclasses.replace(found, pictures=named)
         named = tuple(with_path_fields(picture) for picture in found.pictures)
-        told = note_numbers(p.source for p in named if p.x is None)
-        return dataclasses.replace(found, pictures=named, notes=(*found.notes, *told))
+        return dataclasses.replace(found, pictures=named)
 
     def header(self, picture: Picture) -> Header:
         if picture.source in self.broken:

@@ -80,8 +80,7 @@ class PictureTars(PicturesInFiles):
         check_masks_apart(self.root, sources, "unpack the tar, then ")
         notes = (*archives.notes, *note_columns(self.unused), *told)
         notes += note_hidden(self.root, self.hidden)
-        found = self.named(Listing(pictures, self.ignored, notes))
-        return dataclasses.replace(found, notes=(*found.notes, *self.note_twice(found.pictures)))
+        return self.named(Listing(pictures, self.ignored, notes))
 
     def with_folders(
         self, own: Mapping[str, Sequence[Picture]], is_split: bool
@@ -124,20 +123,6 @@ class PictureTars(PicturesInFiles):
             for picture, place in zip(pictures, placed, strict=True)
         )
         return found, (*rule.notes, *(told if what else ()))
-
-    def note_twice(self, pictures: Sequence[Picture]) -> tuple[str, ...]:
-        """That pictures of named slides stand in several archives by one name, for people."""
-        splits: dict[tuple[str | None, str], list[str]] = {}
-        for picture in pictures:
-            if picture.slide is not None:
-                name = picture.source.removeprefix(f"{self.archive_of(picture)}/")
-                splits.setdefault((picture.slide, name), []).append(picture.split)
-        twice = [own for own in splits.values() if len(own) > 1]
-        if not twice:
-            return ()
-        apart = sum(len(set(own)) > 1 for own in twice)
-        return (f"{len(twice):,} pictures of named slides are in several archives by one name, "
-                f"{apart:,} of them in several splits: perhaps the same",)  # fmt: skip
 
     def samples(self, archive: str, split: str) -> Iterator[Picture]:
         members = self.members(archive)

@@ -264,11 +264,11 @@ def test_annotations_of_hs2p_are_labels(hs2p, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "s2.tiles.manifest.csv: not there"),
+        (None, "s2.tiles.manifest.csv: no such file"),
         ("tile_index,x,y\n0,0,0\n", "3 tiles, its manifest has 1 .*000001.jpg"),
-        ("tile_index,x\n0,0\n", "row 1: needs tile_index, x, y"),
-        ("tile_index,x,y\n0,0,far\n", "row 1: y is 'far'"),
-        ("tile_index,x,y\n0,0,0\n0,1,1\n", "row 2: tile 0 is there twice"),
+        ("tile_index,x\n0,0\n", "no column for tiles .y.; it has tile_index, x"),
+        ("tile_index,x,y\n0,0,far\n", "line 2: y is 'far'"),
+        ("tile_index,x,y\n0,0,0\n0,1,1\n", "line 3: tile 0 is there twice"),
         ("tile_index,x,y\n-1,0,0\n", "tile_index is '-1'"),
     ],
 )

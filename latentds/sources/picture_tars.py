@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from latentds.core.storage import parse_json
+from latentds.core.storage import parse_json, read_json
 from latentds.errors import FormatError, InputError
+from latentds.sources.csv_tables import read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import (
@@ -35,7 +35,6 @@ SIDECARS = (".cls", ".json")
 # Beside <sample>.tiles.tar.
 MANIFEST, META = ".tiles.manifest.csv", ".coordinates.meta.json"
 TILE_COLUMNS = ("tile_index", "x", "y")
-MAX_MANIFEST_BYTES = 1 << 28  # about 12 M tiles; a slide has some 100 k at most
 MAX_META_BYTES = 1 << 20
 
 Members = dict[str, TarMember]
@@ -290,30 +289,17 @@ def annotation_of(archive: str) -> str | None:
 
 def read_places(path: Path) -> dict[str, dict[str, Any]]:
     """x and y of every tile by its member's name; InputError where the manifest cannot be used."""
-    if not path.is_file():
-        raise InputError(f"{path}: not there; the places of the tiles are in it")
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise InputError(f"{path}: {path.stat().st_size} bytes; no slide has so many tiles")
+    table = read_table(path)
+    tile, *corner = (table.need_column([name], "tiles") for name in TILE_COLUMNS)
     places: dict[str, dict[str, Any]] = {}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for number, row in enumerate(csv.DictReader(file), 1):
-                name, place = read_row(f"{path}, row {number}", row)
-                if places.setdefault(name, place) is not place:
-                    raise InputError(
-                        f"{path}, row {number}: tile {row['tile_index']} is there twice"
-                    )
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a table ({error}); make it anew") from error
+    for line, row in zip(table.lines, table.rows, strict=True):
+        where = f"{path}, line {line}"
+        if not row[tile].isdecimal():
+            raise InputError(f"{where}: tile_index is {row[tile]!r}, not a number")
+        place = numbers_of(where, {"x": row[corner[0]], "y": row[corner[1]]})
+        if places.setdefault(f"{int(row[tile]):06d}.jpg", place) is not place:
+            raise InputError(f"{where}: tile {row[tile]} is there twice")
     return places
-
-
-def read_row(where: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    if any(row.get(name) is None for name in TILE_COLUMNS):
-        raise InputError(f"{where}: needs {', '.join(TILE_COLUMNS)}")
-    if not row["tile_index"].isdecimal():
-        raise InputError(f"{where}: tile_index is {row['tile_index']!r}, not a number")
-    return f"{int(row['tile_index']):06d}.jpg", numbers_of(where, {n: row[n] for n in ("x", "y")})
 
 
 def read_scale(path: Path) -> dict[str, Any]:
@@ -324,10 +310,8 @@ def read_scale(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    if path.stat().st_size > MAX_META_BYTES:
-        raise InputError(f"{path}: {path.stat().st_size} bytes; no description of tiles")
     try:
-        size, mpp = scale_of(parse_json(path.read_bytes(), str(path), "make it anew"))
+        size, mpp = scale_of(read_json(path, MAX_META_BYTES, "make it anew"))
     except (FormatError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(
             f"{path}: not hs2p's ({type(error).__name__}: {error}); make it anew, or remove it"

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentds.core.storage import MARK, parse_json, read_json
+from latentds.core.storage import parse_json, read_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.csv_tables import TextTable, decoded, read_table, text_lines
 from latentds.sources.field_names import ALIASES, columns_of, note_unused
 from latentds.sources.image_folder import facts_of, note_splits
 from latentds.sources.picture import Listing, Picture
-from latentds.sources.slide_names import plain_name
+from latentds.sources.slide_names import plain_name, some
 
 READ = {  # Hugging Face's imagefolder, and SPIDER's
     *("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet", "metadata.json"),
@@ -22,8 +22,6 @@ PAIRS = {"reference.csv", "stages.csv"}  # CAMELYON16's and CAMELYON17's: a slid
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".xls"}
 MAX_JSON_BYTES = 1 << 28
 FIELDS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split")
-EXTRACTED = "table.csv"  # beside the pictures that `latentds extract` wrote
-SHOWN = 3  # tables that a note names
 
 
 def with_tables(root: Path, found: Listing, others: Sequence[str], use_labels: bool) -> Listing:
@@ -59,7 +57,7 @@ def with_tables(root: Path, found: Listing, others: Sequence[str], use_labels: b
         found,
         pictures=pictures,
         ignored=found.ignored + left,
-        notes=(*notes, *note_unread(root, unread, pictures)),
+        notes=(*notes, *note_unread(unread, pictures)),
     )
 
 
@@ -106,8 +104,7 @@ def metadata_of(
     raises  InputError where it cannot be read, names a file twice or has a value no table holds
     """
     full, folder = root / path, PurePosixPath(path).parent
-    kinds = {".jsonl": json_lines, ".json": json_list}
-    table = kinds.get(PurePosixPath(path).suffix, read_table)(full)
+    table = (json_table if full.suffix in (".json", ".jsonl") else read_table)(full)
     columns = columns_of(table, FIELDS)
     name = columns.pop("path", None)
     if name is None:
@@ -133,38 +130,29 @@ def placed(root: Path, folder: PurePosixPath, name: str) -> str:
     ).as_posix()
 
 
-def json_lines(path: Path) -> TextTable:
-    """A file of an object a line; what is no text or number in it is empty."""
-    records = []
-    for number, text in enumerate(decoded(path).split("\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            record = parse_json(text.encode(errors="replace"), f"{path}, line {number}", "mend it")
-        except FormatError as error:
-            raise InputError(str(error)) from error
-        records.append((number, record))
-    return table_of(path, records)
+def json_table(path: Path) -> TextTable:
+    """A .json file that is one list of objects, or one of an object a line.
 
-
-def json_list(path: Path) -> TextTable:
-    """A file that is one list of objects, counted as lines; what is no text or number is empty."""
+    What is no text or number in an object is empty.
+    """
     try:
-        found = read_json(path, MAX_JSON_BYTES, "mend it")
+        if path.suffix == ".json":
+            found = read_json(path, MAX_JSON_BYTES, "mend it")
+            records = dict(enumerate(found if isinstance(found, list) else [], 1))
+        else:
+            records = {
+                line: parse_json(text.encode(errors="replace"), f"{path}, line {line}", "mend it")
+                for line, text in enumerate(decoded(path).split("\n"), 1)
+                if text.strip()
+            }
     except FormatError as error:
         raise InputError(str(error)) from error
-    return table_of(path, list(enumerate(found if isinstance(found, list) else [], 1)))
-
-
-def table_of(path: Path, records: Sequence[tuple[int, Any]]) -> TextTable:
-    rows, lines = [], []
-    for number, record in records:
+    for line, record in records.items():
         if not isinstance(record, dict):
-            raise InputError(f"{path}, line {number}: no object of fields; mend it")
-        rows.append({name: plain(value) for name, value in record.items()})
-        lines.append(number)
-    columns = tuple(dict.fromkeys(name for row in rows for name in row))
-    return TextTable(path, columns, [{c: row.get(c, "") for c in columns} for row in rows], lines)
+            raise InputError(f"{path}, line {line}: no object of fields; mend it")
+    columns = tuple(dict.fromkeys(name for record in records.values() for name in record))
+    rows = [{name: plain(record.get(name)) for name in columns} for record in records.values()]
+    return TextTable(path, columns, rows, list(records))
 
 
 def plain(value: Any) -> str:
@@ -172,40 +160,11 @@ def plain(value: Any) -> str:
     return str(value) if isinstance(value, (str, int, float)) else ""
 
 
-def note_unread(root: Path, paths: Sequence[str], pictures: Sequence[Picture]) -> tuple[str, ...]:
-    """That tables were not read, with their rows; that labels may be in them where there are none.
-
-    Of a table with columns that could be read, the option that reads it; of an extracted set's, to
-    convert that.
-    """
-    if not paths:
-        return ()
-    shown = ", ".join(f"{path}{counted_rows(root / path)}" for path in paths[:SHOWN])
-    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+def note_unread(paths: Sequence[str], pictures: Sequence[Picture]) -> tuple[str, ...]:
+    """That tables were not read, and that labels may be in them where there are none."""
     bare = "" if any(picture.label is not None for picture in pictures) else "no labels; "
     what = "--slide-table reads one, or convert it itself"
-    if EXTRACTED in paths and (root / MARK).is_file():
-        what = (
-            f"'latentds extract' made this folder: convert {root / EXTRACTED}, which keeps class "
-            "names, mpp, slides and places"
-        )
-    return (f"{bare}not read: {shown}{more}; {what}",)
-
-
-def counted_rows(path: Path) -> str:
-    """A table's rows in brackets; nothing where they cannot be counted."""
-    try:
-        if path.suffix.lower() == ".parquet":
-            import pyarrow.parquet as pq
-
-            return f" ({pq.read_metadata(path).num_rows:,} rows)"
-        if path.suffix.lower() in (".csv", ".tsv", ".jsonl"):
-            with path.open("rb") as file:
-                count = sum(bool(line.strip()) for line in file)
-            return f" ({max(count - (path.suffix.lower() != '.jsonl'), 0):,} rows)"
-    except (OSError, ValueError):
-        pass
-    return ""
+    return (f"{bare}not read: {some(paths)}; {what}",) if paths else ()
 
 
 def label_column(names: Sequence[str]) -> str | None:

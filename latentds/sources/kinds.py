@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from latentds.codecs.formats import DECODE_ERRORS
 from latentds.core.storage import open_picture, open_regular
@@ -20,8 +19,6 @@ NEVER = {
     *(".csv", ".tsv", ".txt", ".json", ".jsonl", ".xml", ".geojson", ".parquet", ".tar", ".gz"),
     *(".zip", ".h5", ".pt", ".pth", ".npy", ".npz", ".md", ".pdf", ".html", ".yaml", ".xlsx"),
 }
-TILE_WIDTH, NDPI_FLAG = 322, 65420  # TIFF tags without which OpenSlide opens no TIFF
-MAX_ENTRIES = 4096
 PATCH_PX = 512  # a lone tiled TIFF up to this edge is a patch
 LARGEST_PATCH_PX = 8192  # --patch-size goes no further
 
@@ -84,10 +81,9 @@ def asked(path: Path) -> str | None:
 
 def tiff_kind(path: Path) -> str:
     """`slide`, `picture`, or `unsure` for a generic tiled TIFF of one level and modest size."""
-    if not path.is_file() or not has_tiles(path) or (vendor := asked(path)) is None:
-        return "picture"
+    vendor = asked(path)
     if vendor != "generic-tiff":
-        return "slide"
+        return "slide" if vendor else "picture"
     size, pages = size_of(path)
     return "slide" if pages > 1 or max(size) > LARGEST_PATCH_PX else "unsure"
 
@@ -102,33 +98,6 @@ def size_of(path: Path) -> tuple[tuple[int, int], int]:
                 return image.size, getattr(image, "n_frames", 1)
     except (*DECODE_ERRORS, TypeError):  # Pillow's for a directory without a size
         return (0, 0), 1
-
-
-def has_tiles(path: Path) -> bool:
-    """Whether a TIFF's first directory has tiles, read from its first bytes alone."""
-    try:
-        with path.open("rb") as file:
-            return bool({TILE_WIDTH, NDPI_FLAG} & set(first_tags(file)))
-    except (OSError, struct.error):
-        return False
-
-
-def first_tags(file: BinaryIO) -> list[int]:
-    """Tags of the first directory of a TIFF or BigTIFF; none of another file."""
-    order = {b"II": "<", b"MM": ">"}.get(file.read(2))
-    version = struct.unpack(f"{order}H", file.read(2))[0] if order else 0
-    if version not in (42, 43):
-        return []
-    if version == 43:
-        file.seek(8)
-    offset_kind, count_kind, entry = ("Q", "Q", 20) if version == 43 else ("I", "H", 12)
-    (offset,) = struct.unpack(f"{order}{offset_kind}", file.read(struct.calcsize(offset_kind)))
-    file.seek(offset)
-    size = struct.calcsize(count_kind)
-    (count,) = struct.unpack(f"{order}{count_kind}", file.read(size))
-    content = file.read(min(count, MAX_ENTRIES) * entry)
-    starts = range(0, len(content) - entry + 1, entry)
-    return [struct.unpack_from(f"{order}H", content, start)[0] for start in starts]
 
 
 def choose(root: Path, found: Kinds) -> Choice:

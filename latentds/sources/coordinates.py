@@ -161,10 +161,6 @@ class CoordinateJob(Slides):
                 logger.warning("%s: %s", file, error)
         raise InputError(f"{self.job}: none of {len(self.files)} files of coordinates can be read")
 
-    def lookup(self, source: str) -> Picture | None:
-        del source  # which file has a slide's coordinates, a listing tells
-        return None
-
     def locate(
         self, picture: Picture, patch_px: tuple[int, int], place: tuple[int, int]
     ) -> tuple[Header, tuple[int, int]] | None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from latentds.errors import ContractError, InputError, UnusableError
-from latentds.sources.cut_options import Anonymizer, SourceOptions
-from latentds.sources.opening import list_source, open_source
+from latentds.sources.cut_options import SourceOptions
+from latentds.sources.opening import open_source
 from latentds.sources.picture import Header, Picture
 from latentds.sources.source import PatchReader, of_file
 from latentds.store.golden import likeness_db, read_golden
@@ -38,9 +37,8 @@ class Originals:
     workers    threads that read
 
     The options recorded in the manifest say how patches were cut. No plan is made: source, x and y
-    lead to a patch. Only archives, tiled pictures, coordinates and sets whose names are hashes are
-    listed first. Opening compares the golden patches' thumbnails with the originals. ContractError
-    where they differ or are not there.
+    lead to a patch. Opening lists the input, and compares the golden patches' thumbnails with the
+    originals. ContractError where they differ or are not there.
     """
 
     def __init__(
@@ -55,12 +53,10 @@ class Originals:
     ) -> None:
         self.shards, self.folder = shards, source
         self.patch_px = shards.manifest.contract.patch_px
-        self.hide = Anonymizer(anonymize) if anonymize else None
-        self.options = recorded_options(shards, source, slides, root, anonymize)
-        self.source = open_source(self.options)
-        self.own_mpp = own_mpp(shards)  # of slides, by source: a table may have overruled files
-        self.listed: dict[str, Picture] | None = None
-        self.lock = threading.Lock()
+        options = recorded_options(shards, source, slides, root, anonymize)
+        self.source = open_source(options)
+        pictures = self.source.listing().pictures
+        self.pictures = with_own_mpp(shards, {options.hide(p.source): p for p in pictures})
         self.located = functools.lru_cache(LOCATED_KEPT)(self.locate)
         self.reader = PatchReader(self.source, workers)
         self.check_golden()
@@ -88,7 +84,7 @@ class Originals:
 
     def locate(self, place: Place) -> tuple[Picture, Header, tuple[int, int]]:
         source, x, y = place
-        picture = self.find(source)
+        picture = self.pictures.get(source)
         try:
             found = picture and self.source.locate(picture, self.patch_px, (x, y))
         except InputError as error:
@@ -99,30 +95,6 @@ class Originals:
                 "has; give the input it was converted from"
             )
         return picture, *found
-
-    def find(self, source: str) -> Picture | None:
-        """The picture that the data set calls `source`, None where there is none."""
-        picture = self.look_up(source)
-        if picture is None or source not in self.own_mpp:
-            return picture
-        return dataclasses.replace(picture, mpp=self.own_mpp[source])
-
-    def look_up(self, source: str) -> Picture | None:
-        """The same, with what its file tells alone."""
-        parts = PurePosixPath(source).parts
-        if source.startswith("/") or ".." in parts:
-            raise ContractError(
-                f"{self.shards.folder}: source {source!r} leaves the input; refused"
-            )
-        picture = None if self.hide or self.listed is not None else self.source.lookup(source)
-        if picture is not None:
-            return picture
-        with self.lock:
-            if self.listed is None:
-                pictures = list_source(self.source, self.options).pictures
-                hide = self.hide or str
-                self.listed = {hide(picture.source): picture for picture in pictures}
-        return self.listed.get(source)
 
     def check_golden(self) -> None:
         """Compare originals with the thumbnails of them that the data set keeps."""
@@ -148,12 +120,15 @@ class Originals:
                 )
 
 
-def own_mpp(shards: ShardSet) -> dict[str, float]:
-    """Micrometres a pixel of the level 0 of slides that a set was made of, where it keeps them."""
+def with_own_mpp(shards: ShardSet, pictures: dict[str, Picture]) -> dict[str, Picture]:
+    """Slides with the resolution that a set keeps of them: a table may have overruled files."""
     if not isinstance(shards.files, LocalFiles):
-        return {}
+        return pictures
     records = read_slide_records(shards.files.folder)
-    return {one.source: one.mpp_level0 for one in records if one.mpp_level0 is not None}
+    known = [one for one in records if one.mpp_level0 is not None and one.source in pictures]
+    return pictures | {
+        one.source: dataclasses.replace(pictures[one.source], mpp=one.mpp_level0) for one in known
+    }
 
 
 def recorded_options(

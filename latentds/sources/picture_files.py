@@ -177,11 +177,6 @@ class PictureFiles(Source):
             mpp *= region_width / width
         return [Place(*self.origin(picture, header, at), size, mpp) for at in regions]
 
-    def lookup(self, source: str) -> Picture | None:
-        if self.options.tile or not (self.root / source).is_file():
-            return None  # where tiles lie, names and tables say
-        return Picture(source=source, split="")
-
     def locate(
         self, picture: Picture, patch_px: tuple[int, int], place: tuple[int, int]
     ) -> tuple[Header, tuple[int, int]] | None:

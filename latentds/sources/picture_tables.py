@@ -254,10 +254,6 @@ class ListedSlides(Slides):
         told = note_unused_regions(self.chosen, [str(p.slide) for p in pictures])
         return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, *told))
 
-    def lookup(self, source: str) -> Picture | None:
-        del source  # the table tells its resolution
-        return None
-
 
 def lists_slides(options: SourceOptions) -> bool:
     """Whether the first row of a table that names a file names a slide."""

@@ -310,9 +310,6 @@ class Slides(Source):
         del header, patch_px
         return self.places[picture.source]
 
-    def lookup(self, source: str) -> Picture | None:
-        return Picture(source=source, split="") if (self.root / source).is_file() else None
-
     def locate(
         self, picture: Picture, patch_px: tuple[int, int], place: tuple[int, int]
     ) -> tuple[Header, tuple[int, int]] | None:

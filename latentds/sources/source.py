@@ -228,14 +228,6 @@ class Source(abc.ABC):
             for patch in self.read(picture, header, patch_px, regions)
         ]
 
-    def lookup(self, source: str) -> Picture | None:
-        """A picture by its source, enough to `locate` and `read` its patches.
-
-        None where it is not there, or where only a listing tells.
-        """
-        del source
-        return None
-
     def locate(
         self, picture: Picture, patch_px: tuple[int, int], place: tuple[int, int]
     ) -> tuple[Header, tuple[int, int]] | None:

@@ -277,7 +277,7 @@ def test_patches_that_reach_beyond_their_slide_are_dropped_or_padded(slides, tmp
 def test_jobs_that_name_a_slide_twice_are_refused(slides, tmp_path):
     for folder in ("20x", "5x"):
         write_job(tmp_path / "job" / folder, "TCGA-AA-0001-01Z-00-DX1", PLACES)
-    with pytest.raises(InputError, match="5x/.* are both files of coordinates of slide 'TCGA-AA"):
+    with pytest.raises(InputError, match="5x/.* are both coordinates of slide 'TCGA-AA"):
         convert(tmp_path / "job", tmp_path / "out", slides=slides)
     with pytest.raises(InputError, match="--mpp or --magnification, but the coordinates say"):
         convert(tmp_path / "job" / "5x", tmp_path / "out", slides=slides, mpp=1.0)

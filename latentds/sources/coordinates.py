@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from latentds.sources.image_folder import walk
 from latentds.sources.kinds import sort_files
 from latentds.sources.patch_arrays import open_h5, own_dataset
 from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.slide_names import named_once
 from latentds.sources.slide_reading import distinct, slide_mpp
 from latentds.sources.slides import Slides
 from latentds.sources.source import Inspection, Source
@@ -137,10 +138,11 @@ class CoordinateJob(Slides):
 
     def listing(self) -> Listing:
         """Slides with coordinates; those without are left alone."""
-        files = by_name(self.job, job_files(walk(self.job)), name_of, "files of coordinates")
+        jobs = [(name_of(path), path) for path in job_files(walk(self.job))]
+        files = named_once(self.job, jobs, "coordinates of slide")
         kinds = sort_files(self.root, list(walk(self.root)))
         slides = sorted([*kinds.slides, *kinds.unsure])
-        paths = by_name(self.root, slides, lambda path: Path(path).stem, "slides")
+        paths = named_once(self.root, ((Path(path).stem, path) for path in slides))
         lost = sorted(files.keys() - paths.keys())
         if lost:
             raise InputError(
@@ -236,21 +238,6 @@ def at_level_0(found: Coordinates, slide: Any) -> Coordinates:
     if not 0 < found.level < len(factors):
         raise misfit(f"its coordinates are of level {found.level}, it has {len(factors)}")
     return found._replace(size_px=round(found.size_px * factors[found.level]), level=0)
-
-
-def by_name(
-    root: Path, paths: Sequence[str], name: Callable[[str], str], what: str
-) -> dict[str, str]:
-    """Paths by the name of their slide; InputError where one name has two."""
-    found: dict[str, str] = {}
-    for path in paths:
-        other = found.setdefault(name(path), path)
-        if other != path:
-            raise InputError(
-                f"{root}: {other} and {path} are both {what} of slide {name(path)!r}; pass the "
-                "folder that holds only one of them"
-            )
-    return found
 
 
 def name_of(path: str) -> str:

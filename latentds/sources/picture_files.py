@@ -39,6 +39,7 @@ from latentds.sources.picture_decoding import (
     read_picture,
 )
 from latentds.sources.side_tables import PAIRS, READ, with_tables
+from latentds.sources.slide_names import named_once
 from latentds.sources.source import Inspection, Kept, Source
 from latentds.store.patch_record import Patch, Place
 
@@ -350,15 +351,7 @@ class TileTree(PictureFiles):
             self.root, [p.source for p in found.pictures]
         )
         pictures = tuple(self.placed(p, width, height, has_splits) for p in found.pictures)
-        slides: dict[str, str] = {}
-        for picture in pictures:
-            folder = str(PurePosixPath(picture.source).parent)
-            other = slides.setdefault(str(picture.slide), folder)
-            if other != folder:
-                raise InputError(
-                    f"{self.root}: {other} and {folder} are both slide {picture.slide!r}; rename "
-                    "or remove one"
-                )
+        named_once(self.root, ((str(p.slide), p.source.rpartition("/")[0]) for p in pictures))
         note = (
             "names <column>_<row> are taken for places, their folders for slides and those above "
             "for classes; --kind pictures takes them for names"

@@ -25,7 +25,7 @@ from latentds.sources.names import patient_of
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import slide_name
-from latentds.sources.slide_names import NameIndex, check_slide_names, path_ends, some
+from latentds.sources.slide_names import NameIndex, named_once, path_ends, some
 from latentds.sources.slide_regions import note_unused_regions
 from latentds.sources.slides import Slides
 from latentds.sources.source import Inspection, Source
@@ -250,7 +250,7 @@ class ListedSlides(Slides):
             dataclasses.replace(p, slide=p.slide or PurePosixPath(p.source).stem)
             for p in found.pictures
         )
-        check_slide_names(self.root, pictures)
+        named_once(self.root, ((str(p.slide), p.source) for p in pictures))
         told = note_unused_regions(self.chosen, [str(p.slide) for p in pictures])
         return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, *told))
 

@@ -25,7 +25,7 @@ from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.picture_files import PicturesInFiles
 from latentds.sources.side_records import COLUMNS, fields_of, splits_of
-from latentds.sources.slide_names import some
+from latentds.sources.slide_names import named_once, some
 from latentds.sources.source import TILE_TAR, Inspection, Source
 from latentds.sources.tars import TarMember, open_member, read_member, tar_members
 
@@ -247,15 +247,9 @@ class TileTars(PictureTars):
         return cls(found.options, tars) if tars else None
 
     def listing(self) -> Listing:
-        first: dict[tuple[str, str | None], str] = {}
-        for archive in self.files:
-            sample = (sample_of(archive), annotation_of(archive))
-            other = first.setdefault(sample, archive)
-            if other != archive:
-                raise InputError(
-                    f"{self.root}: {other} and {archive} are both slide {sample[0]!r}; rename or "
-                    "remove one"
-                )
+        for annotation in {annotation_of(archive) for archive in self.files}:
+            own = [archive for archive in self.files if annotation_of(archive) == annotation]
+            named_once(self.root, ((sample_of(archive), archive) for archive in own))
         return super().listing()
 
     def records(self, archive: str, members: Members, names: Sequence[str]) -> dict[str, Record]:

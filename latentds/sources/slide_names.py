@@ -9,7 +9,6 @@ from pathlib import Path
 
 from latentds.errors import InputError
 from latentds.sources.names import parse_barcode
-from latentds.sources.picture import Picture
 
 EXTENSIONS = (
     *(".ome.tiff", ".ome.tif", ".svs", ".tiff", ".tif", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu"),
@@ -129,12 +128,13 @@ def some(names: Sequence[str]) -> str:
     return f"{listed} and {more:,} more" if more > 0 else listed
 
 
-def check_slide_names(root: Path, pictures: Sequence[Picture]) -> None:
-    """Refuse two slides of one name: their patches could not be told apart."""
-    first: dict[str | None, str] = {}
-    for picture in pictures:
-        other = first.setdefault(picture.slide, picture.source)
-        if other != picture.source:
+def named_once(root: Path, named: Iterable[tuple[str, str]], what: str = "slide") -> dict[str, str]:
+    """Places by name; InputError where two have one, as their patches could not be told apart."""
+    found: dict[str, str] = {}
+    for name, place in named:
+        other = found.setdefault(name, place)
+        if other != place:
             raise InputError(
-                f"{root}: {other} and {picture.source} are both slide {picture.slide!r}; rename one"
+                f"{root}: {other} and {place} are both {what} {name!r}; rename or remove one"
             )
+    return found

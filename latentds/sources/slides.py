@@ -20,7 +20,7 @@ from latentds.sources.kinds import one_a_series, sort_files
 from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.side_tables import with_tables
 from latentds.sources.slide_looks import LOOK_PX, Overview, SlideLook, draw_look
-from latentds.sources.slide_names import check_slide_names
+from latentds.sources.slide_names import named_once
 from latentds.sources.slide_probe import UNREADABLE, open_slide, reason_of
 from latentds.sources.slide_reading import (
     ReadRegion,
@@ -92,7 +92,7 @@ class Slides(Source):
         if not names:
             raise InputError(f"{self.root}: no slides in it ({len(paths)} other files)")
         found = self.placed(names)
-        check_slide_names(self.root, found.pictures)
+        named_once(self.root, ((name, path) for path, name in names.items()))
         others = sorted(set(paths) - wanted)
         found = dataclasses.replace(found, ignored=len(others))
         return with_tables(self.root, found, others, self.options.labels)

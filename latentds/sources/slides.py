@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
@@ -23,13 +22,11 @@ from latentds.sources.slide_looks import LOOK_PX, Overview, SlideLook, draw_look
 from latentds.sources.slide_names import named_once
 from latentds.sources.slide_probe import UNREADABLE, open_slide, reason_of
 from latentds.sources.slide_reading import (
-    ReadRegion,
     cut_region,
     describe_slide,
     distinct,
     grid,
     is_slide_error,
-    on_white,
     overview_level,
     own_scale,
     slide_mpp,
@@ -45,7 +42,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_PATCH_PX = 256
 OPEN_SLIDES = 32
 MOST_ENLARGED = 1.05  # resampling may enlarge by so much unless --enlarge asks for more
-BLOCK_PX = 64  # of a broken overview, read or given up at once: no larger than its tiles
 
 
 class Slides(Source):
@@ -70,7 +66,6 @@ class Slides(Source):
         self.overviews: dict[str, Overview] = {}  # until a look is made of it
         self.looks: dict[str, SlideLook] = {}
         self.chosen = open_regions(options)
-        self.repaired: set[str] = set()  # slides whose overview could not be read everywhere
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without handles and what was found, for a worker elsewhere.
@@ -230,8 +225,6 @@ class Slides(Source):
             yield f"{outside:,} of {places:,} places: too little of it in its regions"
         if bare := self.chosen.bare.get(picture.source) if self.chosen else None:
             yield f"no patch of class {', '.join(bare)}: no region of it is a patch's largest share"
-        if picture.source in self.repaired:
-            yield "its overview cannot be read everywhere; what cannot counts as background"
 
     def has_edges(self, picture: Picture, at: tuple[int, int], scale: float) -> bool:
         """DSMIL's rule at one place; what cannot be read is kept, for its patch to be told."""
@@ -242,7 +235,7 @@ class Slides(Source):
             return True
 
     def overview(self, picture: Picture, slide: Any) -> tuple[np.ndarray, float]:
-        """`thumbnail_of` a slide, past broken tiles: from a finer level, or with holes of white."""
+        """`thumbnail_of` a slide, past broken tiles: of a finer level."""
         mpp = self.own_mpp(picture, slide)
         assert mpp is not None  # only coordinates go without
         for level in range(overview_level(slide, mpp), -1, -1):
@@ -250,36 +243,7 @@ class Slides(Source):
                 return thumbnail_of(self.open(picture), mpp, level)
             except Exception as error:
                 self.forget(picture, error)
-        blocks = [0, 0]
-        found = thumbnail_of(self.open(picture), mpp, read=self.patched_reader(picture, blocks))
-        if blocks[0] == blocks[1]:
-            raise UnusableError(f"{UNREADABLE} (no part of its overview)")
-        logger.warning(
-            "%s: %d of %d parts of its overview cannot be read; taken for background",
-            picture.source, blocks[0], blocks[1],
-        )  # fmt: skip
-        self.repaired.add(picture.source)
-        return found
-
-    def patched_reader(self, picture: Picture, blocks: list[int]) -> ReadRegion:
-        """Reads a region block by block, white for those broken; counts [broken, all]."""
-
-        def read(_: Any, at: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
-            whole = Image.new("RGB", size, (255, 255, 255))
-            step = self.open(picture).level_downsamples[level]
-            for left in range(0, size[0], BLOCK_PX):
-                for top in range(0, size[1], BLOCK_PX):
-                    part = (min(BLOCK_PX, size[0] - left), min(BLOCK_PX, size[1] - top))
-                    corner = (at[0] + round(left * step), at[1] + round(top * step))
-                    blocks[1] += 1
-                    try:
-                        whole.paste(on_white(self.open(picture), corner, level, part), (left, top))
-                    except Exception as error:
-                        self.forget(picture, error)
-                        blocks[0] += 1
-            return whole
-
-        return read
+        raise UnusableError(f"{UNREADABLE} (no level as a whole, for an overview)")
 
     def forget(self, picture: Picture, error: Exception) -> None:
         """Drop a handle that an error of OpenSlide broke; any other error is raised."""
@@ -366,5 +330,4 @@ class Slides(Source):
 
     def facts(self) -> dict[str, Any]:
         names = ("tissue", "min_tissue", "edges", "assume_mpp")
-        found = {name: getattr(self.options, name) for name in names}
-        return found | ({"overviews_with_holes": len(self.repaired)} if self.repaired else {})
+        return {name: getattr(self.options, name) for name in names}

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from latentds.errors import InputError, UnknownNameError
-from latentds.sources.names import describe_barcodes, parse_barcode, parse_shares, patient_of
+from latentds.sources.names import parse_shares, patient_of
+from latentds.sources.slide_names import describe_barcodes, parse_barcode
 from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures, smooth_picture
 

@@ -17,7 +17,7 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
 from latentds.sources import patch_arrays
 from latentds.sources.data_cards import card_files
-from latentds.sources.names import known_patient
+from latentds.sources.image_folder import known_patient
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture_tars import read_scale
 from latentds.store.reader import ShardSet

@@ -11,9 +11,9 @@ from PIL import Image
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
 from latentds.sources import kinds
-from latentds.sources.image_folder import SPLITS, read_folders
+from latentds.sources.image_folder import SPLITS, is_identifier, known_patient, read_folders
 from latentds.sources.kinds import sort_files
-from latentds.sources.names import is_identifier, known_patient, pattern_patient
+from latentds.sources.names import pattern_patient
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.side_records import split_word, splits_of
 from latentds.store.format import joined_names, sorted_names

@@ -37,7 +37,7 @@ def run(config: Config) -> None:
 
 
 def summarize(config: Config) -> dict[str, Any]:
-    from latentds.sources.names import describe_barcodes
+    from latentds.sources.slide_names import describe_barcodes
     from latentds.store.channel_statistics import measure_steps, resolutions, slide_entropies
     from latentds.store.manifest import read_manifest
     from latentds.store.reader import ShardSet

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from latentds.errors import InputError, unknown_name
-from latentds.sources import names
+from latentds.sources import image_folder, names
 from latentds.sources.names import patient_of
 from latentds.store.reader import ShardSet
 
@@ -308,7 +308,7 @@ def named_patients(
     shards: ShardSet, slides: Sequence[str], remedy: str = HAND_IN
 ) -> dict[str, str]:
     """Patient by slide from the slides' names; InputError with the remedy where one tells none."""
-    found = {slide: names.known_patient(slide) for slide in slides}
+    found = {slide: image_folder.known_patient(slide) for slide in slides}
     lost = [slide for slide, known in found.items() if known is None]
     if lost:
         raise InputError(

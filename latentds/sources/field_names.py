@@ -1,12 +1,16 @@
-"""What columns and keys are called by whom, for all tables and records alike."""
+"""What columns and keys are called by whom, and what their cells mean, in tables and records."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from latentds.errors import InputError, UnknownNameError
 from latentds.sources.csv_tables import TextTable, folded
+from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
+from latentds.sources.names import numbers_of
 
 # A picture's field, and what it is called: here, by TRIDENT, hs2p, CLAM, wsistream, OpenMidnight,
 # Hugging Face's imagefolder, GDC, others. The first that is there counts.
@@ -35,6 +39,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "mask": ("mask", "mask_path"),
 }
 ONE_OF = ("slide", "patient", "x", "y", "mpp", "size_px", "split", "mask")
+# SAM-Path's folds: -1 is the test set, 0 validation, the others training.
+FOLDS = {"-1": "test", "0": "val"}
 MOST = 40  # unused columns that a note names
 CLOSE = 0.8  # of difflib: `lable` is meant for `label`
 
@@ -89,3 +95,38 @@ def note_columns(names: Iterable[str]) -> tuple[str, ...]:
     left = sorted(set(names))
     more = f" and {len(left) - MOST} more" if len(left) > MOST else ""
     return (f"columns not used: {', '.join(left[:MOST])}{more}",) if left else ()
+
+
+def facts_of(row: Mapping[str, str], where: str, use_labels: bool) -> dict[str, Any]:
+    """A row's cells as fields of a Picture, empty ones left out; InputError for bad numbers."""
+    found: dict[str, Any] = {name: value for name, value in row.items() if value}
+    if not use_labels:
+        found.pop("label", None)
+    if "split" in found:
+        found["split"] = SPLITS.get(found["split"].lower(), found["split"])
+    return found | numbers_of(where, found)
+
+
+def note_splits(table: str, words: Iterable[str]) -> tuple[str, ...]:
+    """Words of a table that are taken for another split, and splits of unusual names, for people.
+
+    No word is the default split.
+    """
+    meant = {word: SPLITS.get(word.lower(), word or DEFAULT_SPLIT) for word in words}
+    others = [f"{word!r} for {split}" for word, split in sorted(meant.items()) if word != split]
+    own = sorted({*meant.values()} - {*SPLITS.values()})
+    told = {"split names taken for others": others, "splits beside train, val and test": own}
+    return tuple(f"{table}: {what}: {', '.join(names)}" for what, names in told.items() if names)
+
+
+def split_of_fold(fold: str, where: Path) -> str:
+    """Split of a fold, a number (pandas writes -1.0 for -1) or a split's name."""
+    if fold.lower() in SPLITS:
+        return SPLITS[fold.lower()]
+    try:
+        number = float(fold)
+    except ValueError as error:
+        raise InputError(f"{where}: fold {fold!r} is no number") from error
+    if number < -1 or number != int(number):
+        raise InputError(f"{where}: fold {fold!r}; -1 is test, 0 val, others train")
+    return FOLDS.get(str(int(number)), DEFAULT_SPLIT)

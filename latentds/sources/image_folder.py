@@ -1,7 +1,4 @@
-"""A folder of pictures.
-
-Class folders as labels, train/val/test folders as splits, a slide folder below.
-"""
+"""A folder of pictures: what its folders and the names in it say of splits, classes and slides."""
 
 from __future__ import annotations
 
@@ -17,17 +14,10 @@ from typing import Any
 from latentds.core.storage import check_regular
 from latentds.errors import InputError, no_folder
 from latentds.sources.data_cards import CARD, card_files
-from latentds.sources.names import (
-    HOLDERS,
-    check_masks_apart,
-    is_identifier,
-    numbers_of,
-    path_fields,
-)
-from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.slide_names import some
-from latentds.store.format import patch_key
+from latentds.store.format import alike_names
 
 SPLITS = {
     **{"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"},
@@ -40,9 +30,43 @@ DEFAULT_SPLIT = "train"
 PACKED = re.compile(r"\.(?:gz|tgz|bz2|xz|zst|zip|7z|rar|tar\.\w+|part\d+)$")
 LOOKED_AT = 10_000  # files of a hidden folder: a .git or .cache may have millions
 NO_LABELS = "--no-labels (--no-use-labels in an evaluation)"
-# SAM-Path's folds: -1 is the test set, 0 validation, the others training.
-FOLDS = {"-1": "test", "0": "val"}
-LABELLED = re.compile(r"(.+\])-labelled\.\w+")  # a mask of QuPath's TileExporter
+# Patients in the names of public slides: the whole match, at the beginning of a name.
+PATIENTS = {
+    "TCGA": re.compile(r"(TCGA-[0-9A-Z]{2}-[0-9A-Z]{4})(?:-|$)"),
+    "CPTAC": re.compile(r"(C3[LN]-\d{5})(?:[-_.]|$)"),
+    "GTEx": re.compile(r"(GTEX-[0-9A-Z]{4,5})(?:-|$)"),
+    "CAMELYON17": re.compile(r"(patient_\d{3})(?:_node_\d+.*|\.zip)?$"),
+    "CAMELYON16": re.compile(  # a slide a patient; PCam has camelyon16_ before it
+        r"(?:camelyon16_(?:train_)?)?((?:normal|tumor|test)_\d{3})(?:_mask)?$"
+    ),
+}
+# Folders that only hold: `images` alone at its place is no class.
+HOLDERS = {"images", "image", "img", "imgs", "slides", "wsi", "wsis", "patches", "tiles", "data"}
+# What holds the masks of the pictures in a folder of HOLDERS beside it.
+MASK_FOLDERS = {
+    *("mask", "masks", "label", "labels", "gt", "groundtruth", "ground_truth", "instances"),
+    *("annotation", "annotations", "segmentation", "segmentations"),
+}
+MASK_SUFFIX = re.compile(r"[_-](?:masks?|labels?|seg|gt|instances?)$", re.IGNORECASE)
+# A slide of those at the beginning of a tile's or folder's name; of TCGA with its UUID.
+SLIDE_IN_NAME = re.compile(
+    r"(TCGA-[0-9A-Z]{2}-[0-9A-Z]{4}-\d{2}[A-Z]?-\d{2}[A-Z]?-(?:DX|TS|BS|MS)[0-9A-Z]+"
+    r"(?:\.[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})?"
+    r"|C3[LN]-\d{5}-\d+|GTEX-[0-9A-Z]{4,5}-\d{4}|patient_\d{3}_node_\d)(?![0-9A-Za-z])"
+)
+NO_CLASS = {"na", "n/a", "#n/a", "nan", "null", "none"}  # what programs write for no value
+UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+DICOM_UID = re.compile(r"\d+(?:\.\d+){5,}")
+CENTRE = re.compile(r"cent(?:er|re)_?\d+", re.IGNORECASE)  # CAMELYON17's folders
+# x and y in a tile's name where it says so: `..._x1024_y2048`, `x=1024,y=2048`.
+NAMED_PLACE = re.compile(
+    r"(?<![a-z])x=?[-_]?(\d{1,9})[_,;-]+y=?[-_]?(\d{1,9})(?!\d)", re.IGNORECASE
+)
+DUMPED = re.compile(r"\d{6}_x\d+_y\d+\.\w+")  # TRIDENT's patch_images/SLIDE/000000_x0_y512.png
+# QuPath's TileExporter: `slide [d=2,x=0,y=512,w=512,h=512].png`, in pixels of level 0.
+QUPATH = re.compile(
+    r"(.+?) ?\[(?:d=[\d.]+,)?x=(-?\d{1,9}),y=(-?\d{1,9}),w=(\d{1,9}),h=\d{1,9}[^\]]*\][^/]*$"
+)
 
 
 def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) -> Listing:
@@ -104,19 +128,6 @@ def are_splits(root: Path, paths: Sequence[str]) -> bool:
         )
     check_words(root, {top: top.lower() for top in named})
     return bool(named)
-
-
-def split_of_fold(fold: str, where: Path) -> str:
-    """Split of a fold, a number (pandas writes -1.0 for -1) or a split's name."""
-    if fold.lower() in SPLITS:
-        return SPLITS[fold.lower()]
-    try:
-        number = float(fold)
-    except ValueError as error:
-        raise InputError(f"{where}: fold {fold!r} is no number") from error
-    if number < -1 or number != int(number):
-        raise InputError(f"{where}: fold {fold!r}; -1 is test, 0 val, others train")
-    return FOLDS.get(str(int(number)), DEFAULT_SPLIT)
 
 
 def check_words(root: Path, words: Mapping[str, str]) -> None:
@@ -188,20 +199,6 @@ def read_folders(root: Path, paths: Sequence[str], use_labels: bool, use_splits:
     return dataclasses.replace(rule, notes=tuple(notes))
 
 
-def with_labelled(found: Listing) -> Listing:
-    """Tiles of QuPath with the masks that its exporter wrote beside them, which are no tiles."""
-    masks = {match[1]: p.source for p in found.pictures if (match := LABELLED.fullmatch(p.source))}
-    if not masks:
-        return found
-    pictures = tuple(
-        dataclasses.replace(p, mask=masks.get(str(PurePosixPath(p.source).with_suffix(""))))
-        for p in found.pictures
-        if not LABELLED.fullmatch(p.source)
-    )
-    note = f"{len(masks):,} pictures named ]-labelled are taken for masks, as QuPath writes them"
-    return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, note))
-
-
 def with_path_fields(picture: Picture) -> Picture:
     """A picture with what its source tells by known rules, and nothing else has told."""
     told = path_fields(picture.source).items()
@@ -262,21 +259,6 @@ def check_names(root: Path, paths: Sequence[str]) -> None:
             raise InputError(f"{root}: file name {path!r} is not UTF-8; rename it") from error
 
 
-def check_keys(root: Path, sources: Sequence[str]) -> None:
-    """Refuse two files that would be one patch."""
-    first: dict[str, str] = {}
-    for source in sources:
-        other = first.get(patch_key(source))
-        first[patch_key(source)] = source
-        if other == source:
-            raise InputError(f"{root}: {source} is named twice; keep one of the two")
-        if other is not None:
-            raise InputError(
-                f"{root}: {other} and {source} have one key, {patch_key(source)!r}; rename or "
-                "remove one"
-            )
-
-
 def check_labels(
     root: Path, pictures: Sequence[Picture], use_labels: bool, tables: Sequence[str] = ()
 ) -> None:
@@ -300,39 +282,83 @@ def half_labelled(pictures: Sequence[Picture]) -> list[str]:
     return [p.source for p in pictures if p.label is None and p.split in labelled]
 
 
-def check_sizes(headers: dict[str, Header]) -> tuple[int, int]:
-    """The one (H, W) of all pictures; InputError lists the sizes seen and the ways out."""
-    sizes = Counter(header.size_px for header in headers.values())
-    if len(sizes) == 1:
-        return next(iter(sizes))
-    examples = {header.size_px: source for source, header in reversed(headers.items())}
-    seen = ", ".join(
-        f"{w}x{h} ({count} files, e.g. {examples[h, w]})" for (h, w), count in sizes.most_common(4)
-    )
-    more = f" and {len(sizes) - 4} more sizes" if len(sizes) > 4 else ""
-    raise InputError(
-        f"pictures differ in size: {seen}{more}; choose --patch-size PX with --resize, --tile or "
-        "--pad"
-    )
+def known_patient(slide: str) -> tuple[str, str] | None:
+    """Scheme and patient of a slide's name, or of the end of its path; None where none fits."""
+    last = slide.rpartition("/")[2]
+    for scheme, pattern in PATIENTS.items():
+        if found := pattern.match(last):
+            return scheme, found[1]
+    return None
 
 
-def facts_of(row: Mapping[str, str], where: str, use_labels: bool) -> dict[str, Any]:
-    """A row's cells as fields of a Picture, empty ones left out; InputError for bad numbers."""
-    found: dict[str, Any] = {name: value for name, value in row.items() if value}
-    if not use_labels:
-        found.pop("label", None)
-    if "split" in found:
-        found["split"] = SPLITS.get(found["split"].lower(), found["split"])
-    return found | numbers_of(where, found)
+def is_identifier(folder: str) -> bool:
+    """Whether a folder is named by UUID, DICOM UID, centre, patient or slide, as no class is."""
+    is_number = any(kind.fullmatch(folder) for kind in (UUID, DICOM_UID, CENTRE))
+    return is_number or known_patient(folder) is not None
 
 
-def note_splits(table: str, words: Iterable[str]) -> tuple[str, ...]:
-    """Words of a table that are taken for another split, and splits of unusual names, for people.
+def path_fields(path: str) -> dict[str, Any]:
+    """What a picture's own path tells by known rules: a slide of a known scheme, a named place."""
+    found: dict[str, Any] = {}
+    parts = path.replace("\\", "/").split("/")
+    slides = [SLIDE_IN_NAME.match(part) for part in parts]
+    named = [match[1] for match in slides if match]
+    if named:
+        found["slide"] = named[-1]
+    if tile := QUPATH.match(parts[-1]):
+        found["size_px"] = int(tile[4])
+        if "-" not in tile[2] + tile[3]:  # beyond the slide's corner is no place of a table
+            found |= {"x": int(tile[2]), "y": int(tile[3])}
+        found.setdefault("slide", tile[1])
+    elif place := NAMED_PLACE.search(parts[-1]):
+        found |= {"x": int(place[1]), "y": int(place[2])}
+        if DUMPED.fullmatch(parts[-1]) and len(parts) > 1:
+            found.setdefault("slide", parts[-2])
+    return found
 
-    No word is the default split.
+
+def check_class_names(labels: Iterable[str | None], where: object) -> tuple[str, ...]:
+    """Notes for people on labels that say there is none.
+
+    raises  InputError for two classes whose names differ in case, spaces, - or _ alone
     """
-    meant = {word: SPLITS.get(word.lower(), word or DEFAULT_SPLIT) for word in words}
-    others = [f"{word!r} for {split}" for word, split in sorted(meant.items()) if word != split]
-    own = sorted({*meant.values()} - {*SPLITS.values()})
-    told = {"split names taken for others": others, "splits beside train, val and test": own}
-    return tuple(f"{table}: {what}: {', '.join(names)}" for what, names in told.items() if names)
+    counts = Counter(label for label in labels if label)
+    if alike := alike_names(counts):
+        told = " and ".join(f"{name!r} ({counts[name]:,})" for name in alike)
+        raise InputError(
+            f"{where}: classes {told} would be two, and differ in case, spaces, - or _ alone; give "
+            "them one name"
+        )
+    return tuple(
+        f"label {word!r} ({count:,}) is taken for a class; where it means none, leave it empty or "
+        "take those out"
+        for word, count in counts.items()
+        if word.casefold() in NO_CLASS
+    )
+
+
+def check_masks_apart(root: Path, paths: Sequence[str], first: str = "") -> None:
+    """Refuse a folder of pictures beside one of their masks, which would be a class of patches.
+
+    first  what has to be done before the folders can be passed
+    """
+    below: dict[str, dict[str, set[str]]] = {}  # stems by the folder that holds, by the one above
+    for path in paths:
+        parts = path.split("/")
+        holding = [n for n, name in enumerate(parts[:-1]) if name.lower() in MASK_FOLDERS | HOLDERS]
+        if holding:
+            above, rest = parts[: holding[0]], PurePosixPath(*parts[holding[0] + 1 :])
+            stem = str(rest.with_name(MASK_SUFFIX.sub("", rest.stem)))
+            stems = below.setdefault("/".join(above), {})
+            stems.setdefault(parts[holding[0]], set()).add(stem)
+    for above, stems in below.items():
+        holders = sorted(name for name in stems if name.lower() in HOLDERS)
+        for pictures, masks in itertools.product(holders, sorted(stems.keys() - {*holders})):
+            shared = stems[pictures] & stems[masks]
+            if 2 * len(shared) > min(len(stems[pictures]), len(stems[masks])):
+                where = root / above
+                raise InputError(
+                    f"{where}: {masks}/ has files of the same names as {pictures}/ (first: "
+                    f"{min(shared)}), as masks have, which are no patches; {first}pass "
+                    f"{where / pictures}, and --masks {where / masks} where they are to be kept"
+                )

@@ -6,19 +6,14 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from latentds.errors import InputError, no_folder
 from latentds.sources.coordinates import CoordinateJob
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.hugging_face import HubDataset, SavedDataset
-from latentds.sources.image_folder import check_keys
-from latentds.sources.names import (
-    check_class_names,
-    known_patient,
-    parse_shares,
-    pattern_patient,
-    split_patients,
-)
+from latentds.sources.image_folder import check_class_names, known_patient
+from latentds.sources.names import parse_shares, pattern_patient, split_patients
 from latentds.sources.patch_arrays import PatchArrays
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles, SamPathFolder, TileTree
@@ -28,7 +23,7 @@ from latentds.sources.picture_tars import PictureTars, TileTars
 from latentds.sources.slide_names import some
 from latentds.sources.slides import Slides
 from latentds.sources.source import Inspection, Source
-from latentds.store.format import SPLIT_PATTERN
+from latentds.store.format import SPLIT_PATTERN, patch_key
 
 logger = logging.getLogger(__name__)
 # The first that takes an input for its own is its source. A data set's own files tell, a job's and
@@ -168,3 +163,18 @@ def patient_and_kind(picture: Picture, pattern: str | None) -> tuple[str, str] |
         return pattern_patient(pattern, picture.slide or picture.source), "by --patient-pattern"
     found = known_patient(picture.slide) if picture.slide else None
     return None if found is None else (found[1], f"{found[0]} patients")
+
+
+def check_keys(root: Path, sources: Sequence[str]) -> None:
+    """Refuse two files that would be one patch."""
+    first: dict[str, str] = {}
+    for source in sources:
+        other = first.get(patch_key(source))
+        first[patch_key(source)] = source
+        if other == source:
+            raise InputError(f"{root}: {source} is named twice; keep one of the two")
+        if other is not None:
+            raise InputError(
+                f"{root}: {other} and {source} have one key, {patch_key(source)!r}; rename or "
+                "remove one"
+            )

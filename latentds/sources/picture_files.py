@@ -15,18 +15,17 @@ import numpy as np
 from latentds.errors import InputError, UnusableError
 from latentds.sources.csv_tables import read_table
 from latentds.sources.cut_options import SourceOptions
+from latentds.sources.field_names import split_of_fold
 from latentds.sources.image_folder import (
     DEFAULT_SPLIT,
     are_splits,
     check_labels,
-    check_sizes,
+    is_identifier,
     list_pictures,
-    split_of_fold,
     walk,
-    with_labelled,
     with_path_fields,
 )
-from latentds.sources.names import is_identifier, name_fields
+from latentds.sources.names import name_fields
 from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.picture_decoding import (
     MASK_SUFFIXES,
@@ -40,12 +39,13 @@ from latentds.sources.picture_decoding import (
 )
 from latentds.sources.side_tables import PAIRS, READ, with_tables
 from latentds.sources.slide_names import named_once
-from latentds.sources.source import Inspection, Kept, Source
+from latentds.sources.source import Inspection, Kept, Source, check_sizes
 from latentds.store.patch_record import Patch, Place
 
 TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
 TILE_NAME = re.compile(r"(\d+)_(\d+)\.(?:jpe?g|png)")
 MAX_PX = 2**31 - 1
+LABELLED = re.compile(r"(.+\])-labelled\.\w+")  # a mask of QuPath's TileExporter
 Pixels = tuple[np.ndarray, np.ndarray | None]  # picture and mask
 
 
@@ -226,6 +226,20 @@ class PictureFiles(Source):
             **place._asdict(),
             mask_png=None if fitted is None else encode_png(fitted),
         )
+
+
+def with_labelled(found: Listing) -> Listing:
+    """Tiles of QuPath with the masks that its exporter wrote beside them, which are no tiles."""
+    masks = {match[1]: p.source for p in found.pictures if (match := LABELLED.fullmatch(p.source))}
+    if not masks:
+        return found
+    pictures = tuple(
+        dataclasses.replace(p, mask=masks.get(str(PurePosixPath(p.source).with_suffix(""))))
+        for p in found.pictures
+        if not LABELLED.fullmatch(p.source)
+    )
+    note = f"{len(masks):,} pictures named ]-labelled are taken for masks, as QuPath writes them"
+    return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, note))
 
 
 class PicturesInFiles(PictureFiles):

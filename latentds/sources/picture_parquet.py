@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 from latentds.errors import InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
-from latentds.sources.names import name_fields, path_fields
+from latentds.sources.image_folder import path_fields
+from latentds.sources.names import name_fields
 from latentds.sources.parquet_files import PATHS, EncodedTable, RowGroup, has_pictures, open_table
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
 from latentds.sources.picture_files import PicturesInFiles

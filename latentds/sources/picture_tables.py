@@ -11,14 +11,8 @@ from typing import Any
 from latentds.errors import InputError
 from latentds.sources.csv_tables import SUFFIXES, TextTable, read_table
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.field_names import columns_of, note_unused
-from latentds.sources.image_folder import (
-    DEFAULT_SPLIT,
-    NO_LABELS,
-    facts_of,
-    half_labelled,
-    note_splits,
-)
+from latentds.sources.field_names import columns_of, facts_of, note_splits, note_unused
+from latentds.sources.image_folder import DEFAULT_SPLIT, NO_LABELS, half_labelled
 from latentds.sources.kinds import SUFFIXES as SLIDE_SUFFIXES
 from latentds.sources.kinds import sort_files
 from latentds.sources.names import patient_of

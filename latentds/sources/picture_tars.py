@@ -15,12 +15,13 @@ from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import (
     NO_LABELS,
     SPLITS,
+    check_masks_apart,
     check_names,
     half_labelled,
     note_hidden,
     read_folders,
 )
-from latentds.sources.names import check_masks_apart, numbers_of
+from latentds.sources.names import numbers_of
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.picture_files import PicturesInFiles

@@ -10,8 +10,7 @@ from typing import Any
 from latentds.core.storage import parse_json, read_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.csv_tables import TextTable, decoded, read_table, text_lines
-from latentds.sources.field_names import ALIASES, columns_of, note_unused
-from latentds.sources.image_folder import facts_of, note_splits
+from latentds.sources.field_names import ALIASES, columns_of, facts_of, note_splits, note_unused
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.slide_names import plain_name, some
 

@@ -1,20 +1,26 @@
-"""Which of the known names a name means (extensions, folders, TCGA UUIDs forgiven); names twice."""
+"""Names of slides: which known one a name means, names twice, TCGA barcodes."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from latentds.errors import InputError
-from latentds.sources.names import parse_barcode
 
 EXTENSIONS = (
     *(".ome.tiff", ".ome.tif", ".svs", ".tiff", ".tif", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu"),
     *(".bif", ".dcm", ".svslide", ".zarr", ".h5", ".pt", ".png", ".jpeg", ".jpg", ".webp", ".bmp"),
 )
 SHOWN = 5  # names that a message lists
+TCGA_SLIDE = re.compile(
+    r"(?P<patient>TCGA-(?P<site>[0-9A-Z]{2})-[0-9A-Z]{4})-(?P<sample>\d{2}[A-Z]?)-"
+    r"(?P<portion>\d{2}[A-Z]?)-(?P<kind>DX|TS|BS|MS)(?P<number>[0-9A-Z]+)(?:\..*)?"
+)
 
 
 class NameIndex:
@@ -114,6 +120,34 @@ def path_ends(path: str) -> list[str]:
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
+@dataclasses.dataclass(frozen=True)
+class Barcode:
+    """Parts of a TCGA slide's barcode: TCGA-3C-AALI-01Z-00-DX1[.UUID].
+
+    patient  TCGA-3C-AALI
+    site     3C, the tissue source site
+    sample   TCGA-3C-AALI-01Z
+    slide    TCGA-3C-AALI-01Z-00-DX1
+    is_frozen  TS, BS and MS are frozen sections, DX is formalin-fixed
+    """
+
+    patient: str
+    site: str
+    sample: str
+    slide: str
+    is_frozen: bool
+
+
+def parse_barcode(name: str) -> Barcode | None:
+    """The barcode in a slide's name, None where it is none."""
+    found = TCGA_SLIDE.fullmatch(name)
+    if found is None:
+        return None
+    sample = f"{found['patient']}-{found['sample']}"
+    slide = f"{sample}-{found['portion']}-{found['kind']}{found['number']}"
+    return Barcode(found["patient"], found["site"], sample, slide, found["kind"] != "DX")
+
+
 def barcode_of(name: str) -> tuple[str, str]:
     """TCGA slide barcode and what follows its dot, both empty where the name is none."""
     last = plain_name(name).rpartition("/")[2]
@@ -138,3 +172,16 @@ def named_once(root: Path, named: Iterable[tuple[str, str]], what: str = "slide"
                 f"{root}: {other} and {place} are both {what} {name!r}; rename or remove one"
             )
     return found
+
+
+def describe_barcodes(slides: Iterable[str]) -> dict[str, Any]:
+    """What the TCGA barcodes among slide names say together; empty where there are none."""
+    found = [code for name in slides if (code := parse_barcode(name)) is not None]
+    if not found:
+        return {}
+    return {
+        "patients": len({code.patient for code in found}),
+        "samples": len({code.sample for code in found}),
+        "slides": len({code.slide for code in found}),
+        "frozen_slides": sum(code.is_frozen for code in found),
+    }

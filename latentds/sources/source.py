@@ -8,7 +8,7 @@ import io
 import itertools
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -18,7 +18,7 @@ import numpy as np
 
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.image_folder import check_sizes, walk
+from latentds.sources.image_folder import walk
 from latentds.sources.kinds import MAYBE, NEVER, SUFFIXES, Choice, Kinds, choose, sort_files
 from latentds.sources.parquet_files import has_pictures
 from latentds.sources.picture import Header, Listing, Picture, Regions
@@ -347,3 +347,19 @@ def tasks_of(numbers: np.ndarray) -> list[np.ndarray]:
     edges = np.flatnonzero(np.diff(numbers.astype(np.int64))) + 1
     runs = np.split(np.arange(len(numbers)), edges)
     return [run[i : i + TASK_REGIONS] for run in runs for i in range(0, len(run), TASK_REGIONS)]
+
+
+def check_sizes(headers: dict[str, Header]) -> tuple[int, int]:
+    """The one (H, W) of all pictures; InputError lists the sizes seen and the ways out."""
+    sizes = Counter(header.size_px for header in headers.values())
+    if len(sizes) == 1:
+        return next(iter(sizes))
+    examples = {header.size_px: source for source, header in reversed(headers.items())}
+    seen = ", ".join(
+        f"{w}x{h} ({count} files, e.g. {examples[h, w]})" for (h, w), count in sizes.most_common(4)
+    )
+    more = f" and {len(sizes) - 4} more sizes" if len(sizes) > 4 else ""
+    raise InputError(
+        f"pictures differ in size: {seen}{more}; choose --patch-size PX with --resize, --tile or "
+        "--pad"
+    )

@@ -21,8 +21,9 @@ from latentds.core.storage import open_picture
 from latentds.errors import InputError
 from latentds.sources.csv_tables import read_table
 from latentds.sources.image_folder import list_pictures
-from latentds.sources.names import TCGA_SLIDE, parse_barcode, patient_of
+from latentds.sources.names import patient_of
 from latentds.sources.picture_decoding import read_header, read_picture
+from latentds.sources.slide_names import TCGA_SLIDE, parse_barcode
 
 MAX_PX = 1 << 28
 LOSSLESS = ("png", "bmp", "ppm", "tga", "gif", "pcx", "sgi")

@@ -33,24 +33,10 @@ MAX_MASK_PX = 1 << 28  # decoded whole: a slide of 100,000 px edge at a sixth
 RUN_CROSSINGS = 1 << 20  # of outlines with rows of the raster, computed at once
 MAX_CROSSINGS = 1 << 28  # of a polygon; honest ones have some millions
 MASK_MODES = ("1", "L", "P")
-IGNORED = (
-    "ignore*"  # QuPath's class of what is to be left out; other names with a star are no class
-)
+# QuPath's class of what is to be left out; other names with a star are no class.
+IGNORED = "ignore*"
 
 Rings = Sequence[Sequence[Sequence[float]]]
-
-
-class Taken(NamedTuple):
-    """Which places of a slide lie in its regions.
-
-    kept     bool (n,)
-    numbers  uint8 (n,) of each place's class in `classes`, by the largest share
-    classes  names, in their order
-    """
-
-    kept: np.ndarray
-    numbers: np.ndarray
-    classes: tuple[str, ...]
 
 
 class PlaceLabels(NamedTuple):
@@ -64,12 +50,6 @@ class PlaceLabels(NamedTuple):
     numbers: np.ndarray
     classes: tuple[str, ...]
 
-    @classmethod
-    def of(cls, places: np.ndarray, found: Taken) -> PlaceLabels:
-        keys = place_keys(places[found.kept])
-        order = np.argsort(keys)
-        return cls(keys[order], found.numbers[found.kept][order], found.classes)
-
     def at(self, place: tuple[int, int]) -> str:
         row = np.searchsorted(self.keys, place_keys(np.array([place])))[0]
         return self.classes[int(self.numbers[row])]
@@ -81,7 +61,7 @@ def place_keys(places: np.ndarray) -> np.ndarray:
 
 
 class SlideRegions:
-    """Which places of slides lie in regions, by a folder of files named as the slides are.
+    """Which places of slides lie in --regions, a folder of files named as the slides are.
 
     SLIDE.geojson or .json   polygons in pixels of level 0: QuPath's annotations, TRIDENT's contours
     SLIDE.png                a mask of the whole slide at any scale; 0 is outside, other values are
@@ -94,8 +74,9 @@ class SlideRegions:
     raises    InputError for a folder without such files
     """
 
-    def __init__(self, folder: Path, least: float, by_class: bool) -> None:
-        self.folder, self.least, self.by_class = folder, least, by_class
+    def __init__(self, folder: Path, options: SourceOptions) -> None:
+        self.folder, self.least = folder, options.min_tissue
+        self.by_class = options.label_from is not None
         paths = [path for path in walk(folder) if PurePosixPath(path).suffix.lower() in SUFFIXES]
         if not paths:
             raise InputError(f"--regions {folder}: no {', '.join(SUFFIXES)} in it")
@@ -120,22 +101,18 @@ class SlideRegions:
         file = self.file_of(picture.slide or picture.source)
         if file is None:
             return places[:0], "has no file in --regions"
-        found = taken(file, slide_px, places, edge, self.least, by_class=self.by_class)
-        if self.by_class:
-            self.labels[picture.source] = PlaceLabels.of(places, found)
-            used = set(found.numbers[found.kept].tolist())
-            bare = [name for number, name in enumerate(found.classes) if number not in used]
-            self.bare[picture.source] = bare
-        if lost := int((~found.kept).sum()):
+        kept, numbers, classes = taken(
+            file, slide_px, places, edge, self.least, by_class=self.by_class
+        )
+        if lost := int((~kept).sum()):
             self.outside[picture.source] = lost
-        return places[found.kept], f"none of {len(places)} places lies in its regions"
-
-
-def open_regions(options: SourceOptions) -> SlideRegions | None:
-    """What --regions names, None without it."""
-    if options.regions is None:
-        return None
-    return SlideRegions(options.regions, options.min_tissue, options.label_from is not None)
+        if self.by_class:
+            keys, numbers = place_keys(places[kept]), numbers[kept]
+            order = np.argsort(keys)
+            self.labels[picture.source] = PlaceLabels(keys[order], numbers[order], classes)
+            bare = [name for number, name in enumerate(classes) if number not in numbers]
+            self.bare[picture.source] = bare
+        return places[kept], f"none of {len(places)} places lies in its regions"
 
 
 def note_unused_regions(chosen: SlideRegions | None, slides: Iterable[str]) -> tuple[str, ...]:
@@ -155,14 +132,15 @@ def taken(
     least: float,
     *,
     by_class: bool,
-) -> Taken:
-    """The places that lie in a file's regions.
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Whether places lie in a file's regions, bool (n,); numbers of their classes; the classes.
 
     slide_px  (W, H) of level 0
     places    int (n, 2), corners of patches at level 0
     edge      of a patch there
     least     share of a patch that must lie in regions
     by_class  whether only regions with a class count
+    returns   the numbers are uint8 (n,), by the largest share
     raises    UnusableError (without the slide's name) for a file that cannot be used
     """
     factor = max(edge / CELLS, max(slide_px) / MOST_PX, 1.0)
@@ -175,7 +153,7 @@ def taken(
     boxes = np.concatenate([places, places + edge], 1) * scale
     shares = np.stack([tissue_shares(mask, boxes) for mask in masks.values()])
     union = tissue_shares(np.logical_or.reduce(list(masks.values())), boxes)
-    return Taken((union > 0) & (union >= least), shares.argmax(0).astype(np.uint8), tuple(masks))
+    return (union > 0) & (union >= least), shares.argmax(0).astype(np.uint8), tuple(masks)
 
 
 def mask_regions(
@@ -187,18 +165,10 @@ def mask_regions(
             if image.mode not in MASK_MODES:
                 raise bad(path, f"is {image.mode}, not one channel of 8 bits")
             if image.width * image.height > MAX_MASK_PX:
-                raise bad(
-                    path,
-                    f"has {image.width}x{image.height} px, more than {MAX_MASK_PX:,}; save it "
-                    "at a smaller scale",
-                )
+                raise bad(path, f"has over {MAX_MASK_PX:,} px; save it at a smaller scale")
             aspect = image.width / image.height * slide_px[1] / slide_px[0]
             if abs(math.log(aspect)) > ASPECT:
-                raise bad(
-                    path,
-                    f"has {image.width}x{image.height} px, other proportions than its slide of "
-                    f"{slide_px[0]}x{slide_px[1]}",
-                )
+                raise bad(path, "has other proportions than its slide of {}x{}".format(*slide_px))
             values = np.asarray(image.convert("L") if image.mode == "1" else image)
     except DECODE_ERRORS as error:
         raise bad(path, f"cannot be read as PNG ({type(error).__name__})") from error

@@ -33,7 +33,7 @@ from latentds.sources.slide_reading import (
     small_view,
     thumbnail_of,
 )
-from latentds.sources.slide_regions import note_unused_regions, open_regions
+from latentds.sources.slide_regions import SlideRegions, note_unused_regions
 from latentds.sources.source import Inspection, Kept, Source
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 from latentds.store.patch_record import Patch, Place
@@ -65,7 +65,8 @@ class Slides(Source):
         self.looked_at: dict[str, int] = {}  # places of patches, those not taken included
         self.overviews: dict[str, Overview] = {}  # until a look is made of it
         self.looks: dict[str, SlideLook] = {}
-        self.chosen = open_regions(options)
+        folder = options.regions
+        self.chosen = SlideRegions(folder, options) if folder is not None else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without handles and what was found, for a worker elsewhere.

@@ -25,27 +25,6 @@ RAW = ("image_dtype", "tile_size")  # OpenMidnight's: how image_bytes are coded,
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RowGroup:
-    """A row group in memory, an Arrow table, and its column of pictures."""
-
-    table: Any
-    column: str
-
-    def picture(self, row: int) -> bytes:
-        """A picture's file; InputError (without the name) where its row holds none."""
-        (found,) = self.table.slice(row, 1).to_pylist()
-        picture = found[self.column]
-        if isinstance(picture, dict):
-            picture = picture["bytes"]
-        if picture is None:
-            raise UnusableError(
-                "has no bytes in its row; embed the pictures in the Parquet", "missing"
-            )
-        is_raw = found.get("image_dtype") == "raw"
-        return as_ppm(picture, found.get("tile_size")) if is_raw else picture
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class EncodedTable:
     """A Parquet file of pictures.
 
@@ -90,10 +69,10 @@ class EncodedTable:
             row.setdefault("path", (picture or {}).get("path"))
         return row
 
-    def read_group(self, number: int) -> RowGroup:
-        """The pictures of a row group.
+    def read_group(self, number: int) -> Any:
+        """A row group as an Arrow table, for `picture_in`.
 
-        InputError (without the name) where they are damaged, or more than the footer announced.
+        InputError (without the name) where it is damaged, or more than the footer announced.
         """
         import pyarrow as pa
 
@@ -106,7 +85,20 @@ class EncodedTable:
                     raise UnusableError(f"its row group {number} has more bytes than it announces")
                 parts.append(batch)
             rows = pa.Table.from_batches(parts)
-        return RowGroup(rows, self.column.partition(".")[0])
+        return rows
+
+    def picture_in(self, group: Any, row: int) -> bytes:
+        """The file of a picture in its row group; InputError (without the name) for none."""
+        (found,) = group.slice(row, 1).to_pylist()
+        picture = found[self.column.partition(".")[0]]
+        if isinstance(picture, dict):
+            picture = picture["bytes"]
+        if picture is None:
+            raise UnusableError(
+                "has no bytes in its row; embed the pictures in the Parquet", "missing"
+            )
+        is_raw = found.get("image_dtype") == "raw"
+        return as_ppm(picture, found.get("tile_size")) if is_raw else picture
 
     def open(self) -> Any:
         import pyarrow.parquet as pq

@@ -12,7 +12,7 @@ from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import path_fields
 from latentds.sources.names import name_fields
-from latentds.sources.parquet_files import PATHS, EncodedTable, RowGroup, has_pictures, open_table
+from latentds.sources.parquet_files import PATHS, EncodedTable, has_pictures, open_table
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
 from latentds.sources.picture_files import PicturesInFiles
 from latentds.sources.side_records import fields_of, splits_of
@@ -35,7 +35,7 @@ class PictureParquet(PicturesInFiles):
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
         super().__init__(options, files)
         self.tables: dict[str, EncodedTable] = {}
-        self.groups: Kept[RowGroup] = Kept(GROUPS_KEPT)
+        self.groups: Kept[Any] = Kept(GROUPS_KEPT)
 
     def table(self, file: str) -> EncodedTable:
         if file not in self.tables:
@@ -53,7 +53,8 @@ class PictureParquet(PicturesInFiles):
         pictures = [p for file, split in files.splits.items() for p in self.rows_of(file, split)]
         if not pictures:
             raise InputError(f"{self.root}: {len(self.files)} Parquet files, no row in them")
-        notes = (*files.notes, *self.unused())
+        unused = note_columns(name for table in self.tables.values() for name in table.unused)
+        notes = (*files.notes, *unused)
         return Listing(tuple(pictures), notes=notes, classes=self.class_order())
 
     def path_fields(self, row: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -72,9 +73,6 @@ class PictureParquet(PicturesInFiles):
             tuple(t.classes.get(label_column(t.facts) or "", ())) for t in self.tables.values()
         }
         return orders.pop() if self.options.labels and len(orders) == 1 else ()
-
-    def unused(self) -> tuple[str, ...]:
-        return note_columns(name for table in self.tables.values() for name in table.unused)
 
     def rows_of(self, file: str, split: str) -> Iterator[Picture]:
         for number, row in enumerate(self.table(file).rows()):
@@ -99,4 +97,4 @@ class PictureParquet(PicturesInFiles):
         table = self.table(file)
         number = table.group_of(row)
         group = self.groups.get(f"{file}/{number}", lambda: table.read_group(number))
-        return io.BytesIO(group.picture(row - table.starts[number]))
+        return io.BytesIO(table.picture_in(group, row - table.starts[number]))

@@ -53,10 +53,10 @@ class Originals:
     ) -> None:
         self.shards, self.folder = shards, source
         self.patch_px = shards.manifest.contract.patch_px
-        options = recorded_options(shards, source, slides, root, anonymize)
-        self.source = open_source(options)
-        pictures = self.source.listing().pictures
-        self.pictures = with_own_mpp(shards, {options.hide(p.source): p for p in pictures})
+        self.options = recorded_options(shards, source, slides, root, anonymize)
+        self.source = open_source(self.options)
+        hide, pictures = self.options.hide, self.source.listing().pictures
+        self.pictures = with_own_mpp(shards, {hide(p.source): p for p in pictures})
         self.located = functools.lru_cache(LOCATED_KEPT)(self.locate)
         self.reader = PatchReader(self.source, workers)
         self.check_golden()

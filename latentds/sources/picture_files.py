@@ -158,25 +158,22 @@ class PictureFiles(Source):
         del picture
         return "holds no tile"
 
-    def origin(
-        self, picture: Picture, header: Header, region: tuple[int, int]
-    ) -> tuple[int | None, int | None]:
-        """x and y of a region's patch in pixels of level 0, None where unknown."""
-        if not self.options.tile:
-            return picture.x, picture.y
-        scale, (x, y) = pixel_scale(picture, header), region
-        return (picture.x or 0) + round(x * scale), (picture.y or 0) + round(y * scale)
-
     def whereabouts(
         self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Place]:
         options, width = self.options, patch_px[1]
+        scale = (picture.size_px or header.size_px[1]) / header.size_px[1]  # to pixels of level 0
         region_width = width if options.tile else header.size_px[1]
-        size = round(region_width * pixel_scale(picture, header))
+        size = round(region_width * scale)
         mpp = picture.mpp if picture.mpp is not None else options.mpp
         if mpp is not None and options.resize:
             mpp *= region_width / width
-        return [Place(*self.origin(picture, header, at), size, mpp) for at in regions]
+        if not options.tile:
+            return [Place(picture.x, picture.y, size, mpp) for _ in regions]
+        left, top = picture.x or 0, picture.y or 0
+        return [
+            Place(left + round(x * scale), top + round(y * scale), size, mpp) for x, y in regions
+        ]
 
     def locate(
         self, picture: Picture, patch_px: tuple[int, int], place: tuple[int, int]
@@ -188,44 +185,35 @@ class PictureFiles(Source):
     def read(
         self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Patch]:
-        image, mask = self.decode(picture, header)
-        return [self.cut(picture, header, patch_px, at, image, mask) for at in regions]
+        options = self.options
+        if options.tile:  # kept for the chunks that follow
+            image, mask = self.decoded.get(picture.source, lambda: self.decode(picture, header))
+        else:
+            image, mask = self.decode(picture, header)
+        patches = []
+        places = self.whereabouts(picture, header, patch_px, regions)
+        for (x, y), place in zip(regions, places, strict=True):
+            fitted = None if mask is None else fit(mask, x, y, patch_px, options)
+            patch = Patch(
+                image=fit(image, x, y, patch_px, options),
+                source=picture.source,
+                source_encoding=header.encoding,
+                label=picture.label,
+                slide=picture.slide,
+                **place._asdict(),
+                mask_png=None if fitted is None else encode_png(fitted),
+            )
+            patches.append(patch)
+        return patches
 
     def decode(self, picture: Picture, header: Header) -> Pixels:
-        """Pixels and mask of a picture; a tiled one is kept for the chunks that follow."""
-        if not self.options.tile:
-            return self.decode_file(picture, header)
-        return self.decoded.get(picture.source, lambda: self.decode_file(picture, header))
-
-    def decode_file(self, picture: Picture, header: Header) -> Pixels:
+        """Pixels and mask of a picture."""
         image, _ = read_picture(self.file(picture), self.options.max_px)
         if image.shape[:2] != header.size_px:
             raise UnusableError("changed its size while the conversion ran", "changed")
         size_px = (image.shape[0], image.shape[1])
         mask = self.mask_file(picture, size_px)
         return image, None if mask is None else read_mask(mask, size_px)
-
-    def cut(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        at: tuple[int, int],
-        image: np.ndarray,
-        mask: np.ndarray | None,
-    ) -> Patch:
-        (x, y), options = at, self.options
-        (place,) = self.whereabouts(picture, header, patch_px, [at])
-        fitted = None if mask is None else fit(mask, x, y, patch_px, options)
-        return Patch(
-            image=fit(image, x, y, patch_px, options),
-            source=picture.source,
-            source_encoding=header.encoding,
-            label=picture.label,
-            slide=picture.slide,
-            **place._asdict(),
-            mask_png=None if fitted is None else encode_png(fitted),
-        )
 
 
 def with_labelled(found: Listing) -> Listing:
@@ -257,11 +245,6 @@ class PicturesInFiles(PictureFiles):
     def row_of(self, picture: Picture) -> tuple[str, int]:
         file, _, row = picture.source.rpartition("/")
         return file, int(row)
-
-
-def pixel_scale(picture: Picture, header: Header) -> float:
-    """Pixels of level 0 a pixel of the picture."""
-    return (picture.size_px or header.size_px[1]) / header.size_px[1]
 
 
 class SamPathFolder(PictureFiles):

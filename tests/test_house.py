@@ -50,7 +50,7 @@ HEAVY = {  # heavy libraries and the only modules that may import them
     "openslide": {
         "latentds_trainers.train_codec.tiles",
         "latentds.sources.kinds",
-        "latentds.sources.slide_probe",
+        "latentds.sources.slide_reading",
     },
     "imagecodecs": {"latentds.codecs.formats"},
     "timm": {

@@ -5,8 +5,8 @@ import struct
 import pytest
 
 from latentds.errors import InputError
-from latentds.sources import slide_probe
-from latentds.sources.slide_probe import probe_slide
+from latentds.sources import slide_reading
+from latentds.sources.slide_reading import probe_slide
 from tests.test_slides import convert, write_slide
 
 pytest.importorskip("openslide")
@@ -48,7 +48,7 @@ def test_a_slide_that_changed_is_tried_again(tmp_path):
 
 
 def test_a_probe_that_is_silent_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(slide_probe, "PATIENCE_S", 0.2)
-    monkeypatch.setattr(slide_probe, "CODE", "import time; time.sleep(9)")
+    monkeypatch.setattr(slide_reading, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(slide_reading, "CODE", "import time; time.sleep(9)")
     with pytest.raises(InputError, match=r"does not open it in 0\.2 s"):
         probe_slide(tmp_path)

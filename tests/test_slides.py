@@ -13,10 +13,17 @@ from latentds.core.display import left_out_text
 from latentds.errors import InputError, TooManyBadSamplesError, UnusableError
 from latentds.sources.coordinates import read_coordinates
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.slide_probe import open_slide
-from latentds.sources.slide_reading import cut_region, grid, slide_mpp, thumbnail_of
+from latentds.sources.slide_reading import (
+    cut_region,
+    grid,
+    open_slide,
+    otsu,
+    slide_mpp,
+    thumbnail_of,
+    tissue_mask,
+    tissue_shares,
+)
 from latentds.sources.slides import Slides
-from latentds.sources.tissue import otsu, tissue_mask, tissue_shares
 from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean
 

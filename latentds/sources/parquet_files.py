@@ -13,7 +13,7 @@ from typing import Any
 from latentds.core.storage import check_regular, parse_json
 from latentds.errors import FormatError, InputError, UnusableError
 from latentds.sources.side_records import COLUMNS
-from latentds.sources.slide_probe import reason_of
+from latentds.sources.slide_reading import reason_of
 
 # Decompressed pictures of a row group; a few are in memory at once.
 MAX_GROUP_BYTES = 1 << 28

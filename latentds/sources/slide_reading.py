@@ -1,17 +1,27 @@
-"""What is read of one open slide: its resolution, its grid, an overview, a patch."""
+"""What is read of one slide: whether OpenSlide survives it, its grid, tissue, an overview, a patch.
+
+GLib ends whoever asks it for absurd memory: a process of its own opens a slide first, and touches a
+pixel of every level. A slide it dies of costs itself and nothing else.
+"""
 # H W pixels
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from latentds.errors import UnusableError
+from latentds.core.storage import check_regular
+from latentds.errors import UnusableError, missing_extra
 from latentds.sources.cut_options import MAGNIFICATION_MPP
 
 THUMBNAIL_MPP = 8.0  # a 256 px patch at 0.5 mpp is 16 px of it
@@ -24,6 +34,77 @@ NO_PIXEL = 0.01  # parts of a pixel that are rounding's
 ROUNDING = 1e-9  # of floats: 0.525 is within 5 % of 0.5
 PLAUSIBLE_MPP = (0.05, 20.0)
 MAX_PLACES = 10**7  # a grid of more is a mistake in a resolution
+# Saturation of 255 below which nothing is stained; CLAM's default (create_patches_fp.py, sthresh).
+CLAM_SATURATION = 8
+# Below it Otsu's split of an empty slide would call noise tissue.
+LEAST_SATURATION = 12
+MEDIAN_PX = 7  # CLAM's mthresh
+DARK = 40  # value of 255: pen and coverslip edges, whose saturation is noise
+DSMIL_EDGES = 15  # deepzoom_tiler.py, background_t
+UNREADABLE = "OpenSlide cannot read it"
+PATIENCE_S = 120.0  # a slide on a slow file server opens in seconds
+MEMORY_BYTES = 1 << 32  # that a pixel of every level may take, Python included
+# Without latentds, and its own end without destructors: 0.15 s of CPU a slide.
+CODE = f"""
+import os, sys
+sys.path[:] = [place for place in sys.path if place]
+import openslide, resource
+try:
+    resource.setrlimit(resource.RLIMIT_AS, ({MEMORY_BYTES}, {MEMORY_BYTES}))
+except (OSError, ValueError):
+    pass
+try:
+    slide = openslide.OpenSlide(sys.argv[1])
+    for level in range(min(slide.level_count, 64)):
+        slide.read_region((0, 0), level, (1, 1))
+except (openslide.OpenSlideError, OSError, ValueError, MemoryError):
+    pass  # whoever opens it next says why; a slide with one broken tile may be read elsewhere
+os._exit(0)
+"""
+
+
+def probe_slide(path: Path) -> None:
+    """Return where OpenSlide survives a slide; InputError (without the name) where it does not."""
+    found = path.stat()
+    _probe(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _probe(path: Path, size: int, mtime_ns: int) -> None:
+    """Try a file, once for as long as it stays as it is."""
+    del size, mtime_ns
+    command = [sys.executable, "-c", CODE, os.fspath(path)]
+    nothing = subprocess.DEVNULL
+    try:
+        ended = subprocess.run(
+            command, stdin=nothing, stdout=nothing, stderr=nothing, timeout=PATIENCE_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UnusableError(f"OpenSlide does not open it in {PATIENCE_S:g} s") from error
+    if ended.returncode:
+        code = ended.returncode
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        raise UnusableError(f"OpenSlide dies of it ({how}); damaged, or made to do that")
+
+
+def open_slide(path: Path) -> Any:
+    """An open slide; InputError (without the name) where OpenSlide cannot."""
+    try:
+        import openslide
+    except ImportError as error:
+        raise missing_extra("openslide-python", "slides") from error
+    check_regular(path)
+    probe_slide(path)
+    try:
+        return openslide.OpenSlide(str(path))
+    except (openslide.OpenSlideError, OSError) as error:
+        raise UnusableError(f"{UNREADABLE} ({reason_of(error)})") from error
+
+
+def reason_of(error: Exception) -> str:
+    """An error's words without paths, which a manifest must not carry."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"\S*/\S*", "...", words)[:160]
 
 
 def is_slide_error(error: Exception) -> bool:
@@ -200,3 +281,61 @@ def cut_region(slide: Any, at: tuple[int, int], scale: float, edge: int) -> np.n
         return np.asarray(white)
     box = (*offset, min(offset[0] + size, whole[0]), min(offset[1] + size, whole[1]))
     return np.asarray(white.resize((edge, edge), Image.Resampling.LANCZOS, box=box))
+
+
+def tissue_mask(thumbnail: np.ndarray, rule: str) -> np.ndarray:
+    """Whether each pixel of a thumbnail, uint8 (H, W, 3), is tissue: bool (H, W).
+
+    otsu   HSV saturation, median of 7 px, above Otsu's threshold (12 of 255 at least), not dark
+    clam   the same above 8 of 255, CLAM's default threshold
+    none, dsmil   everywhere; dsmil looks at the patches themselves
+    """
+    if rule in ("none", "dsmil"):
+        return np.ones(thumbnail.shape[:2], bool)
+    hsv = np.asarray(Image.fromarray(thumbnail).convert("HSV"))
+    smooth = Image.fromarray(hsv[:, :, 1]).filter(ImageFilter.MedianFilter(MEDIAN_PX))
+    saturation = np.asarray(smooth)
+    threshold = CLAM_SATURATION
+    if rule == "otsu":
+        threshold = max(otsu(saturation), LEAST_SATURATION)
+    mask: np.ndarray = (saturation > threshold) & (hsv[:, :, 2] > DARK)
+    return mask
+
+
+def otsu(values: np.ndarray) -> int:
+    """Otsu's threshold of uint8 values: above it is the upper class (Otsu 1979)."""
+    counts = np.bincount(values.reshape(-1), minlength=256).astype(np.float64)
+    below, levels = np.cumsum(counts), np.arange(256)
+    above = below[-1] - below
+    sums = np.cumsum(counts * levels)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+    return int(np.nanargmax(between)) if np.isfinite(between).any() else 0
+
+
+def tissue_shares(mask: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Share of tissue in boxes of a mask (H, W): boxes float (n, 4), left, top, right, bottom.
+
+    A box smaller than a pixel takes that pixel.
+    """
+    height, width = mask.shape
+    integral = np.zeros((height + 1, width + 1), np.int64)
+    integral[1:, 1:] = mask.cumsum(0).cumsum(1)
+    left = np.clip(np.floor(boxes[:, 0]), 0, width - 1).astype(int)
+    top = np.clip(np.floor(boxes[:, 1]), 0, height - 1).astype(int)
+    right = np.clip(np.ceil(boxes[:, 2]), left + 1, width).astype(int)
+    bottom = np.clip(np.ceil(boxes[:, 3]), top + 1, height).astype(int)
+    sums = (
+        integral[bottom, right]
+        - integral[top, right]
+        - integral[bottom, left]
+        + integral[top, left]
+    )
+    shares: np.ndarray = sums / ((right - left) * (bottom - top))
+    return shares
+
+
+def has_edges(patch: np.ndarray) -> bool:
+    """DSMIL's rule: the mean over channels and pixels of Pillow's FIND_EDGES is above 15."""
+    edges = np.asarray(Image.fromarray(patch).filter(ImageFilter.FIND_EDGES))
+    return float(edges.mean()) > DSMIL_EDGES

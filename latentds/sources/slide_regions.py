@@ -19,7 +19,7 @@ from latentds.sources.field_names import ALIASES
 from latentds.sources.image_folder import walk
 from latentds.sources.picture import Picture
 from latentds.sources.slide_names import NameIndex, some
-from latentds.sources.tissue import tissue_shares
+from latentds.sources.slide_reading import tissue_shares
 
 SUFFIXES = (".geojson", ".json", ".png")
 CELLS = 16  # pixels of the raster that a patch is wide: shares are right to some 2 %

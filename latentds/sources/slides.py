@@ -20,22 +20,26 @@ from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.side_tables import with_tables
 from latentds.sources.slide_looks import LOOK_PX, Overview, SlideLook, draw_look
 from latentds.sources.slide_names import named_once
-from latentds.sources.slide_probe import UNREADABLE, open_slide, reason_of
 from latentds.sources.slide_reading import (
+    UNREADABLE,
     cut_region,
     describe_slide,
     distinct,
     grid,
+    has_edges,
     is_slide_error,
+    open_slide,
     overview_level,
     own_scale,
+    reason_of,
     slide_mpp,
     small_view,
     thumbnail_of,
+    tissue_mask,
+    tissue_shares,
 )
 from latentds.sources.slide_regions import SlideRegions, note_unused_regions
 from latentds.sources.source import Inspection, Kept, Source
-from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 from latentds.store.patch_record import Patch, Place
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.evaluation.features.feature_files import FeatureFile
 from latentds.sources.coordinates import read_coordinates
 from latentds.sources.csv_tables import read_table
-from latentds.sources.image_folder import walk
+from latentds.sources.image_folder import picture_suffixes, walk
 from latentds.sources.parquet_files import has_pictures, read_footer
-from latentds.sources.picture_decoding import picture_suffixes, read_header
+from latentds.sources.picture_files import read_header
 from latentds.sources.picture_tables import read_table as read_picture_table
 from latentds.sources.tars import tar_members
 

@@ -20,7 +20,7 @@ from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.image_folder import half_labelled, walk
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
-from latentds.sources.picture_decoding import MASK_SUFFIXES
+from latentds.sources.picture_files import MASK_SUFFIXES
 from latentds.sources.source import PatchReader, Source
 from latentds.store.format import shard_name
 

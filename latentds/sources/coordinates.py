@@ -109,7 +109,7 @@ class CoordinateJob(Slides):
     """
 
     kind = "coordinates of slides (TRIDENT or CLAM)"
-    suffixes = frozenset({".h5"})
+    marks = frozenset({".h5"})
 
     def __init__(self, options: SourceOptions) -> None:
         super().__init__(options)

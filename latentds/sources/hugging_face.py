@@ -41,7 +41,7 @@ class SavedDataset(PictureFiles):
     """A folder made by `save_to_disk`. A picture's source is `split/row`."""
 
     kind = "a Hugging Face data set (save_to_disk)"
-    suffixes = frozenset({".json"})
+    marks = frozenset({".json"})
 
     def __init__(self, options: SourceOptions) -> None:
         super().__init__(options)
@@ -108,7 +108,7 @@ class HubDataset(SavedDataset):
     """A data set of the Hub by its id, through `load_dataset` and its cache; no code of it runs."""
 
     kind = "a Hugging Face data set by its id"
-    suffixes = frozenset[str]()
+    marks = frozenset[str]()
     is_remote = True
 
     def __init__(self, options: SourceOptions) -> None:

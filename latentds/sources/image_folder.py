@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentds.core.storage import check_regular
+from PIL import Image
+
+from latentds.core.storage import check_regular, known_formats
 from latentds.errors import InputError, no_folder
 from latentds.sources.data_cards import CARD, card_files
 from latentds.sources.picture import Listing, Picture
-from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.slide_names import some
 from latentds.store.format import alike_names
 
@@ -67,6 +68,12 @@ DUMPED = re.compile(r"\d{6}_x\d+_y\d+\.\w+")  # TRIDENT's patch_images/SLIDE/000
 QUPATH = re.compile(
     r"(.+?) ?\[(?:d=[\d.]+,)?x=(-?\d{1,9}),y=(-?\d{1,9}),w=(\d{1,9}),h=\d{1,9}[^\]]*\][^/]*$"
 )
+
+
+def picture_suffixes() -> set[str]:
+    """Lower-case file suffixes of the formats that are opened as pictures."""
+    suffixes, formats = Image.registered_extensions(), known_formats()
+    return {suffix for suffix, name in suffixes.items() if name in formats}
 
 
 def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) -> Listing:

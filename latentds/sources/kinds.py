@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from latentds.codecs.formats import DECODE_ERRORS
 from latentds.core.storage import open_picture, open_regular
 from latentds.errors import InputError
-from latentds.sources.picture_decoding import picture_suffixes
+from latentds.sources.image_folder import picture_suffixes
 
 # OpenSlide's own, slides even where they cannot be read; of all others OpenSlide is asked.
 SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".zvi", ".czi"}

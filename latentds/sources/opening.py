@@ -16,7 +16,8 @@ from latentds.sources.image_folder import check_class_names, known_patient
 from latentds.sources.names import parse_shares, pattern_patient, split_patients
 from latentds.sources.patch_arrays import PatchArrays
 from latentds.sources.picture import Listing, Picture
-from latentds.sources.picture_files import PictureFiles, SamPathFolder, TileTree
+from latentds.sources.picture_files import PictureFiles
+from latentds.sources.picture_layouts import SamPathFolder, TileTree
 from latentds.sources.picture_parquet import PictureParquet
 from latentds.sources.picture_tables import ListedSlides, PictureTable, apply_slide_table
 from latentds.sources.picture_tars import PictureTars, TileTars
@@ -44,7 +45,7 @@ def open_source(options: SourceOptions) -> Source:
         kind.detect(inspection)
         for kind in SOURCES
         if exists != kind.is_remote
-        and (not kind.suffixes or kind.suffixes & inspection.suffixes)
+        and (not kind.marks or kind.marks & inspection.marks)
         and not (kind is Slides and inspection.is_plain)
     )
     source = next((source for source in found if source is not None), None)

@@ -53,7 +53,7 @@ class PatchArrays(PicturesInFiles):
     """
 
     kind = "HDF5 arrays of patches"
-    suffixes = frozenset(SUFFIXES)
+    marks = frozenset(SUFFIXES)
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
         super().__init__(options, files)

@@ -1,9 +1,11 @@
-"""Folders of picture files as sources: plain ones, SAM-Path's, trees of tiles named by place."""
+"""Picture files as a source: decoded to uint8 RGB, or a reason why not, and cut into patches."""
 # H W pixels
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -11,40 +13,27 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image
 
-from latentds.errors import InputError, UnusableError
-from latentds.sources.csv_tables import read_table
+from latentds.codecs.formats import DECODE_ERRORS
+from latentds.core.storage import open_picture
+from latentds.errors import InputError, Reason, UnusableError
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.field_names import split_of_fold
-from latentds.sources.image_folder import (
-    DEFAULT_SPLIT,
-    are_splits,
-    check_labels,
-    is_identifier,
-    list_pictures,
-    walk,
-    with_path_fields,
-)
+from latentds.sources.image_folder import check_labels, list_pictures, with_path_fields
 from latentds.sources.names import name_fields
 from latentds.sources.picture import Header, Listing, Picture, Regions
-from latentds.sources.picture_decoding import (
-    MASK_SUFFIXES,
-    encode_png,
-    find_mask,
-    fit,
-    picture_suffixes,
-    read_header,
-    read_mask,
-    read_picture,
-)
 from latentds.sources.side_tables import PAIRS, READ, with_tables
-from latentds.sources.slide_names import named_once
 from latentds.sources.source import Inspection, Kept, Source, check_sizes
 from latentds.store.patch_record import Patch, Place
 
 TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
-TILE_NAME = re.compile(r"(\d+)_(\d+)\.(?:jpe?g|png)")
-MAX_PX = 2**31 - 1
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
+BITS_PER_SAMPLE = 258  # TIFF tag
+CONVERTED = ("1", "L", "P", "CMYK", "RGBA", "LA", "PA", "RGBX", "YCbCr")  # to RGB, and counted
+# First quantizer of the luma table in libjpeg's quality scale: table 16 at quality 50.
+JPEG_LUMA_AT_50 = np.array(
+    [16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55], dtype=np.int64
+)  # ITU-T T.81 table K.1, first two rows
 LABELLED = re.compile(r"(.+\])-labelled\.\w+")  # a mask of QuPath's TileExporter
 Pixels = tuple[np.ndarray, np.ndarray | None]  # picture and mask
 
@@ -247,134 +236,163 @@ class PicturesInFiles(PictureFiles):
         return file, int(row)
 
 
-class SamPathFolder(PictureFiles):
-    """img/NAME, mask/NAME.png and a CSV (img_id, fold): fold -1 is test, 0 val, others train."""
-
-    kind = "img/, mask/ and a CSV of folds (SAM-Path's layout)"
-
-    @classmethod
-    def detect(cls, found: Inspection) -> Source | None:
-        has_both = all((found.root / name).is_dir() for name in ("img", "mask"))
-        return cls(found.options) if has_both else None
-
-    def listing(self) -> Listing:
-        images, masks = list(walk(self.root / "img")), list(walk(self.root / "mask"))
-        suffixes = picture_suffixes()
-        found = [p for p in images if PurePosixPath(p).suffix.lower() in suffixes]
-        by_stem = {
-            str(PurePosixPath(p).with_suffix("")): p
-            for p in masks
-            if PurePosixPath(p).suffix.lower() in MASK_SUFFIXES
-        }
-        folds = dict(self.folds())
-        pictures = []
-        for path in found:
-            stem = str(PurePosixPath(path).with_suffix(""))
-            if stem not in by_stem:
-                raise InputError(f"{self.root}: img/{path} has no mask/{stem}.png")
-            fold = folds.get(path, folds.get(stem))
-            if folds and fold is None:
-                raise InputError(f"{self.root}: img/{path} is in no row of the CSV of folds")
-            split = DEFAULT_SPLIT if fold is None else split_of_fold(fold, self.root)
-            pictures.append(Picture(f"img/{path}", split, mask=f"mask/{by_stem[stem]}"))
-        if not pictures:
-            raise InputError(f"{self.root}/img: no pictures in it")
-        return Listing(tuple(pictures), len(images) - len(found))
-
-    def folds(self) -> Iterator[tuple[str, str]]:
-        """Picture (with or without suffix) and fold, of the only CSV there."""
-        tables = sorted(self.root.glob("*.csv"))
-        if len(tables) > 1:
-            raise InputError(f"{self.root}: {tables[0].name} and {tables[1].name}; keep one CSV")
-        if tables:
-            table = read_table(tables[0])
-            columns = [table.need_column([name], "folds") for name in ("img_id", "fold")]
-            for line, row in zip(table.lines, table.rows, strict=True):
-                image, fold = (row[column].strip() for column in columns)
-                if not image or not fold:
-                    raise InputError(f"{table.path}, line {line}: needs img_id and fold")
-                yield image, fold
+@contextlib.contextmanager
+def opened(file: Path | BinaryIO, max_px: int, verb: str) -> Iterator[Image.Image]:
+    """A picture whose mode and size can be converted; UnusableError (without the name) else."""
+    try:
+        with open_picture(file) as image:
+            check_mode(image.mode)
+            if image.width * image.height > max_px:
+                raise UnusableError(
+                    f"{image.width}x{image.height} px is more than --max-px {max_px}", "too_large"
+                )
+            yield image
+    except DECODE_ERRORS as error:
+        reason: Reason = "truncated" if "truncated" in str(error) else "unreadable"
+        raise UnusableError(f"cannot be {verb} ({first_line(error)})", reason) from error
 
 
-def is_tile_tree(options: SourceOptions, pictures: Sequence[str]) -> bool:
-    """Whether all pictures of a folder are tiles, in a folder a slide.
+def read_header(file: Path | BinaryIO, max_px: int) -> Header:
+    """Size, mode and coding, no pixel decoded, of a path or an open file; raises as `opened`."""
+    with opened(file, max_px, "read") as image:
+        check_depth(image)
+        size_px, encoding = (image.height, image.width), describe_encoding(image)
+        size = file.stat().st_size if isinstance(file, Path) else file.seek(0, io.SEEK_END)
+        return Header(size_px, image.mode, encoding, size)
 
-    raises  InputError where the folders may as well be classes
-    """
-    if not pictures or not all("/" in p and TILE_NAME.fullmatch(Path(p).name) for p in pictures):
-        return False
-    has_splits = options.split_folders and are_splits(options.source, pictures)
-    folders = [PurePosixPath(path).parts[has_splits:-1] for path in pictures]
-    is_told = options.tile_downsample != 1 or min(map(len, folders)) > 1
-    if is_told or all(parts and is_identifier(parts[-1]) for parts in folders):
-        return True
-    raise InputError(
-        f"{options.source}: {pictures[0]} is named like a tile, <column>_<row> of a slide, and its "
-        "folder may be a slide or a class; pass --kind tiles for slides with places, or --kind "
-        "pictures for classes"
+
+def read_picture(file: Path | BinaryIO, max_px: int) -> tuple[np.ndarray, str]:
+    """Pixels uint8 (H, W, 3) and the mode they were converted from; raises as `opened`."""
+    with opened(file, max_px, "decoded") as image:
+        image.load()
+        check_alpha(image)
+        return np.asarray(image.convert("RGB")), image.mode
+
+
+def find_mask(folder: Path, source: str, size_px: tuple[int, int]) -> Path:
+    """The mask of a picture below `folder`, its header checked; InputError (without the name)."""
+    paths = [(folder / source).with_suffix(suffix) for suffix in MASK_SUFFIXES]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise UnusableError(
+            f"has no mask under --masks ({Path(source).with_suffix('.png')})", "mask"
+        )
+    with opened_mask(path, size_px):
+        return path
+
+
+@contextlib.contextmanager
+def opened_mask(path: Path, size_px: tuple[int, int]) -> Iterator[Image.Image]:
+    """A mask of 8-bit grey or palette and of the picture's size; UnusableError else."""
+    try:
+        with open_picture(path) as image:
+            if image.mode not in ("L", "1", "P"):
+                raise UnusableError(
+                    f"its mask is of mode {image.mode}; 8-bit grey or palette masks only", "mask"
+                )
+            if image.size != size_px[::-1]:
+                raise UnusableError(
+                    f"its mask is {image.size} px, the picture {size_px[::-1]}", "mask"
+                )
+            yield image
+    except DECODE_ERRORS as error:
+        raise UnusableError(f"its mask cannot be read ({first_line(error)})", "mask") from error
+
+
+def read_mask(path: Path, size_px: tuple[int, int]) -> np.ndarray:
+    """Mask uint8 (H, W) of just that size, values untouched; InputError (without the name)."""
+    with opened_mask(path, size_px) as image:
+        # A palette's indices are the classes; its colours are for looking at.
+        return np.asarray(image).astype(np.uint8) * (255 if image.mode == "1" else 1)
+
+
+def unsupported(words: str) -> UnusableError:
+    return UnusableError(words, "unsupported")
+
+
+def check_mode(mode: str) -> None:
+    """Refuse what has more than 8 bits or no way to RGB."""
+    if mode[0] in "IF":
+        raise unsupported(
+            f"mode {mode} (16-bit or float); convert to 8-bit RGB with a scaling you choose"
+        )
+    if mode not in ("RGB", *CONVERTED):
+        raise unsupported(f"mode {mode}; convert to RGB")
+
+
+def check_depth(image: Image.Image) -> None:
+    """Refuse several pages, and 16 bits a channel, which Pillow opens as 8-bit all the same."""
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        raise unsupported(f"has {pages} pages; split it into one file a page")
+    # Pillow scales a PNG's 16 bits itself, and makes noise of those of a planar TIFF.
+    tags, tiles = getattr(image, "tag_v2", {}), getattr(image, "tile", [])
+    is_16_bit = any(";16" in str(tile[3]) for tile in tiles)
+    bits = 16 if is_16_bit else int(np.max(tags.get(BITS_PER_SAMPLE, 8)))
+    if bits > 8:
+        raise unsupported(
+            f"has {bits} bits a channel; convert to 8-bit RGB with a scaling you choose"
+        )
+
+
+def check_alpha(image: Image.Image) -> None:
+    """Refuse real transparency: which colour lies behind it is not ours to guess."""
+    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    if transparent and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+        raise unsupported("has transparent pixels; flatten it onto a background first")
+
+
+def describe_encoding(image: Image.Image) -> str:
+    """`png`, `webp`, ..., or `jpeg:q=75:4:2:0` where the tables are libjpeg's at that quality."""
+    name = (image.format or "unknown").lower()
+    if name != "jpeg":
+        return name
+    from PIL import JpegImagePlugin
+
+    sampling = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}.get(
+        JpegImagePlugin.get_sampling(image), "other"
     )
+    return f"jpeg:q={jpeg_quality(getattr(image, 'quantization', {}))}:{sampling}"
 
 
-class TileTree(PictureFiles):
-    """[.../][class/]slide/<column>_<row>.jpeg: the slide is the folder, the class the one above.
+def jpeg_quality(tables: dict[int, Any]) -> str:
+    """libjpeg quality whose luma table (first two rows) is the file's, `?` where there is none."""
+    luma = np.asarray(tables.get(0, ()))[:16]
+    for quality in range(100, 0, -1):
+        scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+        expected = np.clip((JPEG_LUMA_AT_50 * scale + 50) // 100, 1, 255)
+        if len(luma) == 16 and (luma == expected).all():
+            return str(quality)
+    return "?"
 
-    x and y are column and row times the tile's width times --tile-downsample: DSMIL's tiler does
-    not record level 0, which for tiles of 20x from a slide of 40x has twice their pixels.
-    """
 
-    kind = "a tree of tiles named <column>_<row>"
+def first_line(error: Exception) -> str:
+    """An error's first line; Pillow repeats the path in some, which a manifest must not carry."""
+    text = str(error).strip().splitlines()
+    line = text[0] if text else type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        line = error.strerror
+    return "not a picture Pillow knows" if line.startswith("cannot identify image") else line
 
-    def __init__(self, options: SourceOptions) -> None:
-        super().__init__(options)
-        if options.name_pattern:
-            raise InputError("--name-pattern and tiles named <column>_<row>; leave the pattern")
 
-    @classmethod
-    def detect(cls, found: Inspection) -> Source | None:
-        options, kind = found.options, found.options.kind
-        if not found.is_folder or kind is not None:
-            return cls(options) if found.is_folder and kind == "tiles" else None
-        if options.name_pattern or not any(TILE_NAME.search(path) for path in found.paths):
-            return None
-        if found.kinds.slides:
-            return None
-        pictures = sorted([*found.kinds.pictures, *found.kinds.unsure])
-        return cls(options) if is_tile_tree(options, pictures) else None
+def fit(
+    pixels: np.ndarray, x: int, y: int, size_px: tuple[int, int], options: SourceOptions
+) -> np.ndarray:
+    """The patch (H, W[, 3]) of a picture or mask: its tile, resized, padded, or as it is."""
+    height, width = size_px
+    if options.tile:
+        return np.ascontiguousarray(pixels[y : y + height, x : x + width])
+    if options.resize and pixels.shape[:2] != size_px:
+        # Nearest for masks keeps their values; Lanczos in Pillow widens its kernel when it shrinks.
+        kernel = Image.Resampling.LANCZOS if pixels.ndim == 3 else Image.Resampling.NEAREST
+        return np.asarray(Image.fromarray(pixels).resize((width, height), kernel))
+    if options.pad:
+        missing = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1])]
+        return np.pad(pixels, missing + [(0, 0)] * (pixels.ndim - 2), mode="reflect")
+    return pixels
 
-    def listing(self) -> Listing:
-        found = list_pictures(self.root, use_labels=False, use_splits=self.options.split_folders)
-        height, width = self.first_size(found.pictures)
-        has_splits = self.options.split_folders and are_splits(
-            self.root, [p.source for p in found.pictures]
-        )
-        pictures = tuple(self.placed(p, width, height, has_splits) for p in found.pictures)
-        named_once(self.root, ((str(p.slide), p.source.rpartition("/")[0]) for p in pictures))
-        note = (
-            "names <column>_<row> are taken for places, their folders for slides and those above "
-            "for classes; --kind pictures takes them for names"
-        )
-        return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, note))
 
-    def first_size(self, pictures: tuple[Picture, ...]) -> tuple[int, int]:
-        """(H, W) of the first tile that can be read; all must be alike, as headers will show."""
-        for picture in pictures:
-            try:
-                return read_header(self.root / picture.source, self.options.max_px).size_px
-            except InputError:
-                continue
-        raise InputError(f"{self.root}: none of {len(pictures)} tiles can be read")
-
-    def placed(self, picture: Picture, width: int, height: int, has_splits: bool) -> Picture:
-        path = PurePosixPath(picture.source)
-        match = TILE_NAME.fullmatch(path.name)
-        if match is None or len(path.parts) < 2 + has_splits:
-            raise InputError(f"{picture.source}: not <column>_<row>; move it, or rename its folder")
-        factor = self.options.tile_downsample
-        x, y = round(int(match[1]) * width * factor), round(int(match[2]) * height * factor)
-        if max(x, y) > MAX_PX:
-            raise InputError(f"{picture.source}: lies at ({x}, {y}); no slide is so large")
-        above = path.parts[has_splits:-2]
-        label = above[-1] if above and self.options.labels else None
-        return dataclasses.replace(
-            picture, label=label, slide=path.parts[-2], x=x, y=y, size_px=round(width * factor)
-        )
+def encode_png(mask: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG", optimize=False, compress_level=6)
+    return buffer.getvalue()

@@ -30,7 +30,7 @@ class PictureParquet(PicturesInFiles):
     """
 
     kind = "Parquet of encoded pictures"
-    suffixes = frozenset({".parquet"})
+    marks = frozenset({".parquet"})
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
         super().__init__(options, files)

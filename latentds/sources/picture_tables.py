@@ -42,7 +42,7 @@ class PictureTable(PictureFiles):
     """
 
     kind = "a table of pictures"
-    suffixes = frozenset(SUFFIXES)
+    marks = frozenset(SUFFIXES)
 
     def __init__(self, options: SourceOptions) -> None:
         super().__init__(options)
@@ -227,7 +227,7 @@ class ListedSlides(Slides):
     """Slides that a table names by path, with their labels, patients, splits and mpp."""
 
     kind = "a table of slides"
-    suffixes = PictureTable.suffixes
+    marks = PictureTable.marks
 
     def __init__(self, options: SourceOptions) -> None:
         super().__init__(options)

@@ -19,11 +19,11 @@ from latentds.sources.image_folder import (
     check_names,
     half_labelled,
     note_hidden,
+    picture_suffixes,
     read_folders,
 )
 from latentds.sources.names import numbers_of
 from latentds.sources.picture import Listing, Picture
-from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.picture_files import PicturesInFiles
 from latentds.sources.side_records import COLUMNS, fields_of, splits_of
 from latentds.sources.slide_names import named_once, some
@@ -52,7 +52,7 @@ class PictureTars(PicturesInFiles):
 
     kind = "tars of pictures (WebDataset)"
     labels_lie = "in a .cls or .json beside each"
-    suffixes = frozenset({".tar"})
+    marks = frozenset({".tar"})
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
         super().__init__(options, files)

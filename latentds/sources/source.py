@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import os
+import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,16 +19,17 @@ import numpy as np
 
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.image_folder import walk
+from latentds.sources.image_folder import picture_suffixes, walk
 from latentds.sources.kinds import MAYBE, NEVER, SUFFIXES, Choice, Kinds, choose, sort_files
 from latentds.sources.parquet_files import has_pictures
 from latentds.sources.picture import Header, Listing, Picture, Regions
-from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.slide_looks import SlideLook
 from latentds.sources.tars import tar_members
 from latentds.store.patch_record import Patch, Place
 
 TILE_TAR = ".tiles.tar"  # hs2p's and slide2vec's
+TILE_NAME = re.compile(r"(\d+)_(\d+)\.(?:jpe?g|png)")  # <column>_<row>
+FOLDER_IMG, TILES = "img/", "tiles"  # marks: a folder of that name, files named as tiles are
 ARCHIVES = (".tar", ".parquet")
 LOOK_AT = 20  # members, before it is settled that a tar is none of pictures
 Value = TypeVar("Value")
@@ -63,6 +65,14 @@ class Inspection:
         """How the input, or the files of its folder, are named, in small letters."""
         names = self.paths if self.is_folder else [self.root.name]
         return {os.path.splitext(name)[1].lower() for name in names}  # noqa: PTH122  # of many
+
+    @functools.cached_property
+    def marks(self) -> set[str]:
+        """What names alone tell of the kind: suffixes, and the marks above."""
+        is_asked, img = self.options.kind == "tiles", self.root / "img"
+        has_tiles = self.is_folder and any(TILE_NAME.search(path) for path in self.paths)
+        found = {TILES: is_asked or has_tiles, FOLDER_IMG: img.is_dir()}
+        return self.suffixes | {mark for mark, is_there in found.items() if is_there}
 
     @functools.cached_property
     def is_plain(self) -> bool:
@@ -131,8 +141,8 @@ class Source(abc.ABC):
 
     kind   in words, for the user: what was found in the input
     notes  what is assumed of it
-    suffixes   where it needs some: `detect` is asked only where the input, or a file in its folder,
-               is named so
+    marks  where it needs one: `detect` is asked only where the names of the input have one, as a
+           rule a suffix of the input or of a file in its folder
     is_remote  whether its inputs lie on no disk; `detect` is asked only for those, or others'
     has_looks    whether its pictures are slides, which `look` shows
     keeps_looks  whether `look` will be asked for: what it needs is kept when headers are read
@@ -141,7 +151,7 @@ class Source(abc.ABC):
 
     kind: str = "a source of its own"
     notes: tuple[str, ...] = ()
-    suffixes: frozenset[str] = frozenset()
+    marks: frozenset[str] = frozenset()
     is_remote: bool = False
     has_looks: bool = False
     keeps_looks: bool = False

@@ -22,7 +22,7 @@ from latentds.errors import InputError
 from latentds.sources.csv_tables import read_table
 from latentds.sources.image_folder import list_pictures
 from latentds.sources.names import patient_of
-from latentds.sources.picture_decoding import read_header, read_picture
+from latentds.sources.picture_files import read_header, read_picture
 from latentds.sources.slide_names import TCGA_SLIDE, parse_barcode
 
 MAX_PX = 1 << 28

@@ -21,7 +21,7 @@ from torch.nn import functional
 from latentds.core.storage import open_picture
 from latentds.errors import InputError
 from latentds.evaluation.probes import load_scikit_learn
-from latentds.sources.picture_decoding import read_picture
+from latentds.sources.picture_files import read_picture
 
 NAME = "nuclei, Dice"
 WIDTHS = (16, 32, 64)

@@ -26,9 +26,9 @@ from latentds.errors import InputError
 from latentds.loading.batch import Batch
 from latentds.loading.loader import LatentLoader
 from latentds.quantizers.scalar import AnyCodebook, dequantize, dequantize_each, quantize
-from latentds.sources.image_folder import walk
+from latentds.sources.image_folder import picture_suffixes, walk
 from latentds.sources.originals import Originals
-from latentds.sources.picture_decoding import first_line, picture_suffixes, read_picture
+from latentds.sources.picture_files import first_line, read_picture
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from latentds.core.storage import open_picture, write_atomically
 from latentds.errors import InputError, missing_extra
-from latentds.sources.picture_decoding import picture_suffixes, read_picture
+from latentds.sources.image_folder import picture_suffixes
+from latentds.sources.picture_files import read_picture
 
 JUDGED_PX = 256  # edge of what is judged, cut from a picture's middle
 HELD_OUT = "held_out"  # what a pack calls the pictures that are judged by

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,7 @@ from latentds.sources.slide_names import some
 
 CARD = "README.md"
 MAX_CARD_BYTES = 1 << 20
-MAX_WILD = 8  # wildcards of a pattern
 FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-WILD = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 Patterns = dict[str, list[str]]  # of a config: globs by split
 
@@ -104,23 +103,18 @@ def match_files(patterns: Patterns, paths: Sequence[str], inside: str) -> dict[s
     """Split of every path that a pattern names; InputError for one that two splits have."""
     found: dict[str, str] = {}
     for split, globs in patterns.items():
-        for regex in map(glob_regex, globs):
-            for path in paths:
-                if not regex.fullmatch(f"{inside}{path}"):
-                    continue
-                if found.setdefault(path, split) != split:
-                    raise InputError(
-                        f"{CARD}: {path} is in split {found[path]} and in {split}; mend its "
-                        "configs, or pass --no-split-folders"
-                    )
+        for path in paths:
+            is_named = any(names(glob.removeprefix("./"), f"{inside}{path}") for glob in globs)
+            if is_named and found.setdefault(path, split) != split:
+                raise InputError(
+                    f"{CARD}: {path} is in split {found[path]} and in {split}; mend its configs, "
+                    "or pass --no-split-folders"
+                )
     return found
 
 
-def glob_regex(glob: str) -> re.Pattern[str]:
-    """A glob of the Hub's as a regular expression: ** crosses folders, * and ? do not."""
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", glob.removeprefix("./"))
-    if len(parts) > 2 * MAX_WILD + 1:  # each wildcard multiplies what a name may cost
-        raise InputError(
-            f"{CARD}: the pattern {glob[:100]!r} has over {MAX_WILD} wildcards; mend it"
-        )
-    return re.compile("".join(WILD.get(part) or re.escape(part) for part in parts))
+def names(glob: str, path: str) -> bool:
+    """Whether a glob of the Hub's names a path: ** crosses folders, * and ? do not."""
+    if "**" in glob:
+        return fnmatchcase(path, glob) or fnmatchcase(path, glob.replace("**/", ""))
+    return glob.count("/") == path.count("/") and fnmatchcase(path, glob)

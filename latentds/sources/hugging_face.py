@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
 from collections.abc import Iterator
@@ -64,10 +63,29 @@ class SavedDataset(PictureFiles):
         return [self.root]
 
     def load_parts(self) -> dict[str, DatasetPart]:
-        with loading(self.root):
+        try:
+            import datasets
+        except ImportError as error:
+            raise missing_extra("datasets", "hf") from error
+        import pyarrow as pa
+
+        known = (OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowException)
+        found = {}
+        try:
             loaded = self.load()
             parts = loaded if isinstance(loaded, dict) else {DEFAULT_SPLIT: loaded}
-            return {name: part_of(part, self.root) for name, part in parts.items()}
+            for name, rows in parts.items():
+                column = image_column(rows, self.root)
+                images = rows.select_columns([column])
+                undecoded = images.cast_column(column, datasets.Image(decode=False))
+                found[name] = DatasetPart(rows, undecoded)
+        except (*known, datasets.exceptions.DatasetsError) as error:
+            reason = first_words(error, 200)
+            raise InputError(
+                f"{self.root}: 'datasets' cannot load it ({type(error).__name__}: {reason}); check "
+                "the name, or save it with save_to_disk and convert that folder"
+            ) from error
+        return found
 
     def listing(self) -> Listing:
         parts = self.parts.get("", self.load_parts)
@@ -131,34 +149,6 @@ class HubDataset(SavedDataset):
 
         cache = [datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME, self.name]
         return [Path(folder) for folder in cache]
-
-
-@contextlib.contextmanager
-def loading(root: Path) -> Iterator[None]:
-    """Turn what `datasets` raises into an InputError."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise missing_extra("datasets", "hf") from error
-    import pyarrow as pa
-
-    known = (OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowException)
-    try:
-        yield
-    except (*known, datasets.exceptions.DatasetsError) as error:
-        reason = first_words(error, 200)
-        raise InputError(
-            f"{root}: 'datasets' cannot load it ({type(error).__name__}: {reason}); check the "
-            "name, or save it with save_to_disk and convert that folder"
-        ) from error
-
-
-def part_of(dataset: Any, root: Path) -> DatasetPart:
-    import datasets
-
-    column = image_column(dataset, root)
-    images = dataset.select_columns([column])
-    return DatasetPart(dataset, images.cast_column(column, datasets.Image(decode=False)))
 
 
 def image_column(dataset: Any, root: Path) -> str:

@@ -130,8 +130,6 @@ def decoded(path: Path) -> str:
         if (size := path.stat().st_size) > MAX_BYTES:
             raise InputError(f"{path}: {size} bytes; more than a table has")
         content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; name a CSV that is there") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))

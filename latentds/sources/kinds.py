@@ -32,13 +32,6 @@ class Kinds(NamedTuple):
     others: list[str]
 
 
-class Choice(NamedTuple):
-    """Whether a folder's files are slides, and what that assumes (nothing where all is plain)."""
-
-    is_slides: bool
-    notes: tuple[str, ...] = ()
-
-
 def sort_files(root: Path, paths: Sequence[str]) -> Kinds:
     """What every file is; OpenSlide is asked of all that are no plain pictures."""
     found, suffixes = Kinds([], [], [], []), picture_suffixes()
@@ -100,8 +93,8 @@ def size_of(path: Path) -> tuple[tuple[int, int], int]:
         return (0, 0), 1
 
 
-def choose(root: Path, found: Kinds) -> Choice:
-    """Whether a folder is one of slides.
+def choose(root: Path, found: Kinds) -> tuple[bool, tuple[str, ...]]:
+    """Whether a folder is one of slides, and what that assumes; nothing where all is plain.
 
     raises  InputError where it has slides and pictures, with one of each by name
     """
@@ -112,7 +105,7 @@ def choose(root: Path, found: Kinds) -> Choice:
             "pictures to take the one and leave the other, or move them apart"
         )
     if not found.unsure:
-        return Choice(bool(found.slides))
+        return bool(found.slides), ()
     is_slides, is_mixed = bool(found.slides), bool(found.slides or found.pictures)
     if not is_mixed:
         sizes = {size_of(root / path)[0] for path in found.unsure}
@@ -124,7 +117,7 @@ def choose(root: Path, found: Kinds) -> Choice:
         f"{len(found.unsure)} TIFF that could be either{among} are taken for {what}; --kind "
         f"{other} takes them for the other"
     )
-    return Choice(is_slides, (note,))
+    return is_slides, (note,)
 
 
 def one_a_series(root: Path, paths: Sequence[str], opened: Any) -> dict[str, str]:

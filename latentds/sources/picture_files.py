@@ -59,7 +59,7 @@ class PictureFiles(Source):
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
         source = cls(found.options)
-        source.notes = found.choice.notes if found.is_open else ()
+        source.notes = found.choice[1] if found.is_open else ()
         return source
 
     def listing(self) -> Listing:

@@ -39,7 +39,7 @@ TILE_COLUMNS = ("tile_index", "x", "y")
 MAX_META_BYTES = 1 << 20
 
 Members = dict[str, TarMember]
-Record = dict[str, Any] | str  # fields of a Picture, or why it has none
+Record = dict[str, Any]  # fields of a Picture
 
 
 class PictureTars(PicturesInFiles):
@@ -132,10 +132,7 @@ class PictureTars(PicturesInFiles):
         self.ignored += sum(PurePosixPath(name).suffix.lower() not in kinds for name in members)
         records = self.records(archive, members, names)
         for name in names:
-            source, record = f"{archive}/{name}", records[name]
-            if isinstance(record, str):
-                self.broken[source], record = record, {}
-            yield Picture(source, split, **record, span=members[name].span)
+            yield Picture(f"{archive}/{name}", split, **records[name], span=members[name].span)
 
     def members(self, archive: str) -> Members:
         """The members of an archive by name, hidden ones left out."""
@@ -158,10 +155,11 @@ class PictureTars(PicturesInFiles):
                     f"{path}: {name} is a second picture of sample {key_of_sample(name)!r}; keep "
                     "one a sample"
                 )
-        return {name: self.record(path, members, name) for name in names}
+        return {name: self.record(archive, members, name) for name in names}
 
-    def record(self, path: Path, members: Members, name: str) -> Record:
-        """What the members beside a picture say of it."""
+    def record(self, archive: str, members: Members, name: str) -> Record:
+        """What the members beside a picture say of it; why they cannot is kept for its header."""
+        path = self.root / archive
         keys = (stem_of(name), key_of_sample(name))
         found = [members.get(f"{key}{suffix}") for suffix in SIDECARS for key in keys]
         label, facts = found[0] or found[1], found[2] or found[3]
@@ -171,7 +169,8 @@ class PictureTars(PicturesInFiles):
             self.unused |= record.keys() - COLUMNS
             return fields | fields_of(record, self.options.labels)
         except InputError as error:
-            return str(error)
+            self.broken[f"{archive}/{name}"] = str(error)
+            return {}
 
     def file(self, picture: Picture) -> BinaryIO:
         assert picture.span is not None  # `samples` gave it one

@@ -36,7 +36,10 @@ def fields_of(record: Mapping[str, Any], use_labels: bool) -> dict[str, Any]:
         del found["mpp"]
     scale = [record.get(name) for name in SCALE]
     if found["size_px"] is None and None not in scale:
-        found["size_px"] = product(scale)
+        try:
+            found["size_px"] = round(float(scale[0]) * float(scale[1]))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"its {' and '.join(SCALE)} are no numbers") from error
     texts = {name: as_text(name, value) for name, value in found.items() if value is not None}
     if "slide" in texts:
         is_path = found["slide"] == record.get("slide_path")
@@ -47,13 +50,6 @@ def fields_of(record: Mapping[str, Any], use_labels: bool) -> dict[str, Any]:
 def first_of(record: Mapping[str, Any], names: Sequence[str]) -> Any:
     values = (record.get(name) for name in names)
     return next((value for value in values if value is not None and value != ""), None)
-
-
-def product(scale: Sequence[Any]) -> int:
-    try:
-        return round(float(scale[0]) * float(scale[1]))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"its {' and '.join(SCALE)} are no numbers") from error
 
 
 def as_text(name: str, value: Any) -> str:

@@ -78,11 +78,12 @@ class Slides(Source):
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
-        if found.is_open and found.choice.is_slides:
-            source = cls(found.options)
-            source.notes = found.choice.notes
-            return source
-        return cls(found.options) if found.is_folder and found.options.kind == "slides" else None
+        is_slides, notes = found.choice if found.is_open else (found.options.kind == "slides", ())
+        if not found.is_folder or not is_slides:
+            return None
+        source = cls(found.options)
+        source.notes = notes
+        return source
 
     def listing(self) -> Listing:
         paths = list(walk(self.root))

@@ -20,7 +20,7 @@ import numpy as np
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import picture_suffixes, walk
-from latentds.sources.kinds import MAYBE, NEVER, SUFFIXES, Choice, Kinds, choose, sort_files
+from latentds.sources.kinds import MAYBE, NEVER, SUFFIXES, Kinds, choose, sort_files
 from latentds.sources.parquet_files import has_pictures
 from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.slide_looks import SlideLook
@@ -84,9 +84,9 @@ class Inspection:
         return sort_files(self.root, self.paths)
 
     @functools.cached_property
-    def choice(self) -> Choice:
-        """Whether a folder is one of slides; InputError where it holds slides and pictures."""
-        return Choice(False) if self.is_plain else choose(self.root, self.kinds)
+    def choice(self) -> tuple[bool, tuple[str, ...]]:
+        """Whether a folder is one of slides, and notes; InputError for slides and pictures."""
+        return (False, ()) if self.is_plain else choose(self.root, self.kinds)
 
     @functools.cached_property
     def archives(self) -> tuple[str, ...]:

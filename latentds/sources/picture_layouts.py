@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from latentds.errors import InputError
@@ -37,42 +37,37 @@ class SamPathFolder(PictureFiles):
         return cls(found.options) if (found.root / "mask").is_dir() else None
 
     def listing(self) -> Listing:
-        images, masks = list(walk(self.root / "img")), list(walk(self.root / "mask"))
-        suffixes = picture_suffixes()
-        found = [p for p in images if PurePosixPath(p).suffix.lower() in suffixes]
-        by_stem = {
+        images = list(walk(self.root / "img"))
+        found = [p for p in images if PurePosixPath(p).suffix.lower() in picture_suffixes()]
+        masks = {
             str(PurePosixPath(p).with_suffix("")): p
-            for p in masks
+            for p in walk(self.root / "mask")
             if PurePosixPath(p).suffix.lower() in MASK_SUFFIXES
         }
-        folds = dict(self.folds())
-        pictures = []
+        folds, pictures = self.folds(), []
         for path in found:
             stem = str(PurePosixPath(path).with_suffix(""))
-            if stem not in by_stem:
+            if stem not in masks:
                 raise InputError(f"{self.root}: img/{path} has no mask/{stem}.png")
             fold = folds.get(path, folds.get(stem))
             if folds and fold is None:
                 raise InputError(f"{self.root}: img/{path} is in no row of the CSV of folds")
             split = DEFAULT_SPLIT if fold is None else split_of_fold(fold, self.root)
-            pictures.append(Picture(f"img/{path}", split, mask=f"mask/{by_stem[stem]}"))
+            pictures.append(Picture(f"img/{path}", split, mask=f"mask/{masks[stem]}"))
         if not pictures:
             raise InputError(f"{self.root}/img: no pictures in it")
         return Listing(tuple(pictures), len(images) - len(found))
 
-    def folds(self) -> Iterator[tuple[str, str]]:
-        """Picture (with or without suffix) and fold, of the only CSV there."""
+    def folds(self) -> dict[str, str]:
+        """Fold by picture (with or without suffix), of the only CSV there."""
         tables = sorted(self.root.glob("*.csv"))
         if len(tables) > 1:
             raise InputError(f"{self.root}: {tables[0].name} and {tables[1].name}; keep one CSV")
-        if tables:
-            table = read_table(tables[0])
-            columns = [table.need_column([name], "folds") for name in ("img_id", "fold")]
-            for line, row in zip(table.lines, table.rows, strict=True):
-                image, fold = (row[column].strip() for column in columns)
-                if not image or not fold:
-                    raise InputError(f"{table.path}, line {line}: needs img_id and fold")
-                yield image, fold
+        if not tables:
+            return {}
+        table = read_table(tables[0])
+        image, fold = (table.need_column([name], "folds") for name in ("img_id", "fold"))
+        return dict(zip(table.values(image), table.values(fold), strict=True))
 
 
 def is_tile_tree(options: SourceOptions, pictures: Sequence[str]) -> bool:

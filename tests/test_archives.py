@@ -232,12 +232,8 @@ def test_archives_among_pictures_are_not_guessed_at(tars, tmp_path):
         save_pictures(folder / "preview", 1)
         with pytest.raises(InputError, match=f"holds pictures .preview/p000.png. and .*{name}"):
             convert_with_mean(folder, tmp_path / "out")
-
-
-def test_an_archive_of_other_things_beside_pictures_is_passed_over(tmp_path):
-    save_pictures(tmp_path / "in", 2)
-    write_members(tmp_path / "in/features.tar", [("a.pt", b"none")])
-    assert convert_with_mean(tmp_path / "in", tmp_path / "out").made["ignored_files"] == 1
+        manifest = convert_with_mean(folder, tmp_path / name, kind="pictures")
+        assert manifest.patches == 1
 
 
 def test_our_own_shards_are_refused(tars, tmp_path):

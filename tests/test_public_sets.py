@@ -499,13 +499,6 @@ def test_scales_of_all_versions_of_hs2p_are_read(tmp_path, meta):
     assert read_scale(tmp_path / "m.json") == {"size_px": 64, "mpp": 0.5}
 
 
-@pytest.mark.parametrize("name", ["train_x.h5.gz", "NCT-CRC-HE-100K.zip", "spider-skin.tar.00"])
-def test_what_is_still_packed_is_named(tmp_path, name):
-    (tmp_path / name).write_bytes(b"packed")
-    with pytest.raises(InputError, match=rf"1 to unpack first, e.g. {name}"):
-        listed(tmp_path)
-
-
 def test_labelled_tiles_of_qupath_are_masks(tmp_path):
     for number in range(2):
         tile = tmp_path / f"in/s1/s1 [d=4,x={number * 128},y=0,w=128,h=128]"

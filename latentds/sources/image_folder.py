@@ -28,7 +28,6 @@ SPLITS = {
     **{"nct-crc-he-100k": "train", "nct-crc-he-100k-nonorm": "train", "crc-val-he-7k": "val"},
 }
 DEFAULT_SPLIT = "train"
-PACKED = re.compile(r"\.(?:gz|tgz|bz2|xz|zst|zip|7z|rar|tar\.\w+|part\d+)$")
 LOOKED_AT = 10_000  # files of a hidden folder: a .git or .cache may have millions
 NO_LABELS = "--no-labels (--no-use-labels in an evaluation)"
 # Patients in the names of public slides: the whole match, at the beginning of a name.
@@ -96,8 +95,8 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
         (found if PurePosixPath(path).suffix.lower() in suffixes else ignored).append(path)
     if not found:
         raise InputError(
-            f"{root}: no pictures in it ({len(ignored)} other files{packed_among(ignored)}); name "
-            "a folder of pictures or slides"
+            f"{root}: no pictures in it ({len(ignored)} other files); name a folder of pictures or "
+            "slides, or unpack it"
         )
     check_names(root, found)
     check_masks_apart(root, found)
@@ -115,12 +114,6 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
         pictures = tuple(dataclasses.replace(p, split=named[p.source]) for p in pictures)
     notes = (*(card.notes if card else ()), *folders.notes, *note_hidden(root, hidden))
     return Listing(pictures, len(ignored), notes, tuple(ignored))
-
-
-def packed_among(paths: Sequence[str]) -> str:
-    """That files have to be unpacked first, for a message; nothing where none has."""
-    packed = [path for path in paths if PACKED.search(path.lower())]
-    return f"; {len(packed)} to unpack first, e.g. {packed[0]}" if packed else ""
 
 
 def are_splits(root: Path, paths: Sequence[str]) -> bool:

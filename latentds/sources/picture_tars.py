@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -191,12 +192,10 @@ def below_shared(
                 nothing more
     """
     parts = [name.split("/") for name in names]
-    first, last = (edge(part[:-1] for part in parts) for edge in (min, max))
-    shared = 0
-    for name, other in zip(first, last, strict=False):
-        if name != other or (use_splits and name.lower() in SPLITS):
-            break
-        shared += 1
+    common = os.path.commonpath([name.rpartition("/")[0] for name in names])
+    above = common.split("/") if common else []
+    splits = [n for n, name in enumerate(above) if use_splits and name.lower() in SPLITS]
+    shared = splits[0] if splits else len(above)
     below = [part[shared:] for part in parts]
     return ["/".join(part[is_split and SPLITS.get(part[0].lower()) == picture.split :])
             for picture, part in zip(pictures, below, strict=True)]  # fmt: skip

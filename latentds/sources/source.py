@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import functools
 import io
-import itertools
 import os
 import re
 import threading
@@ -24,14 +23,12 @@ from latentds.sources.kinds import MAYBE, NEVER, SUFFIXES, Kinds, choose, sort_f
 from latentds.sources.parquet_files import has_pictures
 from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.slide_looks import SlideLook
-from latentds.sources.tars import tar_members
 from latentds.store.patch_record import Patch, Place
 
 TILE_TAR = ".tiles.tar"  # hs2p's and slide2vec's
 TILE_NAME = re.compile(r"(\d+)_(\d+)\.(?:jpe?g|png)")  # <column>_<row>
 FOLDER_IMG, TILES = "img/", "tiles"  # marks: a folder of that name, files named as tiles are
 ARCHIVES = (".tar", ".parquet")
-LOOK_AT = 20  # members, before it is settled that a tar is none of pictures
 Value = TypeVar("Value")
 HEADERS_AT_ONCE = 4096  # a task is larger than a header
 TASK_REGIONS = 4  # of a picture or slide that a thread reads at a time
@@ -104,31 +101,17 @@ class Inspection:
         pictures = [*self.kinds.pictures, *self.kinds.unsure]
         if not found or self.kinds.slides or not pictures:
             return () if self.kinds.slides else found
-        mixed = next((path for path in found if holds_pictures(self.root / path)), None)
-        if mixed is not None:
-            raise InputError(
-                f"{self.root}: holds pictures ({pictures[0]}) and archives of pictures ({mixed}); "
-                "name the one that is meant, or move the other"
-            )
+        for path in found:
+            if path.lower().endswith(".tar") or has_pictures(self.root / path):
+                raise InputError(
+                    f"{self.root}: holds pictures ({pictures[0]}) and an archive ({path}); name "
+                    "the one that is meant, or pass --kind pictures"
+                )
         return ()
 
 
 def is_archive(path: str) -> bool:
     return PurePosixPath(path).suffix.lower() in ARCHIVES
-
-
-def holds_pictures(path: Path) -> bool:
-    """Whether a tar's first members, or a Parquet file's columns, are pictures among others.
-
-    A damaged one has none.
-    """
-    if path.suffix.lower() == ".parquet":
-        return has_pictures(path)
-    try:
-        first = [member.name for member in itertools.islice(tar_members(path), LOOK_AT)]
-    except InputError:
-        return False
-    return any(PurePosixPath(name).suffix.lower() in picture_suffixes() for name in first)
 
 
 class Source(abc.ABC):

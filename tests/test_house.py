@@ -70,7 +70,7 @@ HEAVY = {  # heavy libraries and the only modules that may import them
         *("latentds_tools.bench.peer_loaders", "latentds_tools.bench.peer_writers"),
     },
     "datasets": {
-        *("latentds.sources.hugging_face", "latentds_tools.bench.peer_loaders"),
+        *("latentds.sources.picture_rows", "latentds_tools.bench.peer_loaders"),
         *("latentds_tools.bench.peer_writers", "latentds_tools.bench.resuming"),
     },
     "ray": {"latentds.conversion.ray_engine", "latentds_tools.bench.peer_loaders"},

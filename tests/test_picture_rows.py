@@ -11,8 +11,8 @@ from latentds.conversion.conversion_plan import make_plan
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources import parquet_files
-from latentds.sources.hugging_face import hub_id
 from latentds.sources.opening import open_source
+from latentds.sources.picture_rows import hub_id
 from tests.archives import encoded, hugging_face_rows, midnight_rows, rows_of, write_parquet
 from tests.conftest import convert_with_mean, save_pictures
 
@@ -34,7 +34,7 @@ def test_openmidnights_columns_are_read(parquet, tmp_path):
 
 
 def test_row_groups_are_mixed_but_each_is_read_once(parquet, tmp_path, monkeypatch):
-    monkeypatch.setattr("latentds.sources.picture_parquet.GROUPS_KEPT", 4)
+    monkeypatch.setattr("latentds.sources.picture_rows.GROUPS_KEPT", 4)
     read = []
     original = parquet_files.EncodedTable.read_group
     monkeypatch.setattr(

@@ -83,7 +83,7 @@ def convert_to(config: Config) -> dict[str, Any]:
 
 def with_local_source(config: Config) -> Config:
     """The config with an input on an object store copied to a local folder, once."""
-    from latentds.sources.hugging_face import hub_id
+    from latentds.sources.picture_rows import hub_id
     from latentds.store.cache import CacheConfig
     from latentds.store.object_store import download, location_of
 

@@ -30,8 +30,8 @@ from latentds.conversion.workdir import LeftOut, WorkFolder
 from latentds.core.processes import choose_device
 from latentds.core.storage import exclusive_lock, sha256_file
 from latentds.errors import ContractError, InputError, LatentdsError
-from latentds.sources.hugging_face import hub_id
 from latentds.sources.picture import Header, Picture
+from latentds.sources.picture_rows import hub_id
 from latentds.sources.source import Source
 from latentds.store.format import Contract
 

@@ -125,7 +125,7 @@ class SourceOptions(CutOptions):
     """Seed of all random choices."""
 
     def __post_init__(self) -> None:
-        # A Path leaves hf:/ of hf://; sources.hugging_face.hub_id knows both.
+        # A Path leaves hf:/ of hf://; sources.picture_rows.hub_id knows both.
         object.__setattr__(self, "source", Path(self.source))
         self.take_magnification()
         self.check_cutting()

@@ -11,14 +11,13 @@ from pathlib import Path
 from latentds.errors import InputError, no_folder
 from latentds.sources.coordinates import CoordinateJob
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.hugging_face import HubDataset, SavedDataset
 from latentds.sources.image_folder import check_class_names, known_patient
 from latentds.sources.names import parse_shares, pattern_patient, split_patients
 from latentds.sources.patch_arrays import PatchArrays
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.picture_layouts import SamPathFolder, TileTree
-from latentds.sources.picture_parquet import PictureParquet
+from latentds.sources.picture_rows import HubDataset, PictureParquet, SavedDataset
 from latentds.sources.picture_tables import ListedSlides, PictureTable, apply_slide_table
 from latentds.sources.picture_tars import PictureTars, TileTars
 from latentds.sources.slide_names import some

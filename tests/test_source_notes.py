@@ -218,14 +218,13 @@ ROWS = ["a,train", ",train", "b,train", ",train", ",test"]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_rows_without_a_label_are_refused_by_table_and_line(tmp_path, suffix):
+def test_rows_without_a_label_are_refused_by_table_and_picture(tmp_path, suffix):
     table = picture_table(tmp_path / "in", "Class,split", ROWS)
-    line = 3
     if suffix == ".parquet":
         nulls = csv.ConvertOptions(strings_can_be_null=True)
         pq.write_table(csv.read_csv(table, convert_options=nulls), table.with_suffix(suffix))
-        table, line = table.with_suffix(suffix), 2
-    message = rf"in/t{suffix}: 2 of its 5 rows have no label.*line {line}, p001\.png.*--no-labels"
+        table = table.with_suffix(suffix)
+    message = rf"in/t{suffix}: 2 of 5 pictures have no label.*\(first: p001\.png\).*--no-labels"
     with pytest.raises(InputError, match=message) as caught:
         listed(table)
     assert "folder" not in str(caught.value)

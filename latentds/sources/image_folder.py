@@ -260,18 +260,17 @@ def check_names(root: Path, paths: Sequence[str]) -> None:
 
 
 def check_labels(
-    root: Path, pictures: Sequence[Picture], use_labels: bool, tables: Sequence[str] = ()
+    root: Path,
+    pictures: Sequence[Picture],
+    use_labels: bool,
+    lack: str = "lie in no class folder",
+    way: str = "move them into one",
 ) -> None:
-    """Refuse a folder where some pictures of a split have a class and others none.
-
-    tables  files there that may have told the others'
-    """
+    """Refuse pictures of which some of a split have a class and others none."""
     bare = half_labelled(pictures) if use_labels else []
     if bare:
-        place = " and have no label in ".join(["lie in no class folder", *tables[:1]])
-        way = "give them one there, or move them into one" if tables else "move them into one"
         raise InputError(
-            f"{root}: {len(bare)} of {len(pictures)} pictures {place} (first: {bare[0]}); {way}, "
+            f"{root}: {len(bare)} of {len(pictures)} pictures {lack} (first: {bare[0]}); {way}, "
             f"or pass {NO_LABELS}"
         )
 

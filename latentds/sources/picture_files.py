@@ -67,8 +67,11 @@ class PictureFiles(Source):
         found = with_labelled(list_pictures(self.root, options.labels, options.split_folders))
         if found.others:  # tables may be among them
             found = with_tables(self.root, found, found.others, options.labels)
+        lack, way = "lie in no class folder", "move them into one"
         tables = [path for path in found.others if PurePosixPath(path).name in READ | PAIRS]
-        check_labels(self.root, found.pictures, options.labels, tables)
+        if tables:
+            lack, way = f"{lack} and have no label in {tables[0]}", f"give them one there, or {way}"
+        check_labels(self.root, found.pictures, options.labels, lack, way)
         return self.named(found)
 
     def named(self, found: Listing) -> Listing:

@@ -12,7 +12,7 @@ from latentds.errors import InputError
 from latentds.sources.csv_tables import SUFFIXES, TextTable, read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import columns_of, facts_of, note_splits, note_unused
-from latentds.sources.image_folder import DEFAULT_SPLIT, NO_LABELS, half_labelled
+from latentds.sources.image_folder import DEFAULT_SPLIT, check_labels
 from latentds.sources.kinds import SUFFIXES as SLIDE_SUFFIXES
 from latentds.sources.kinds import sort_files
 from latentds.sources.names import patient_of
@@ -68,23 +68,11 @@ def list_table(options: SourceOptions) -> Listing:
         row_picture(f"{table.path}, row {number}", root, row, options.labels)
         for number, row in enumerate(rows, 1)
     )
-    check_filled(table, pictures, options.labels)
+    lack, way = "have no label, though others of their split have", "fill it in, or drop those rows"
+    check_labels(table.path, pictures, options.labels, lack, way)
     words = [row["split"] for row in rows] if "split" in columns else []
     notes = note_unused(table, columns.values()) + note_splits(table.path.name, words)
     return Listing(pictures, notes=notes)
-
-
-def check_filled(table: TextTable, pictures: Sequence[Picture], use_labels: bool) -> None:
-    """Refuse a table where some rows of a split, a picture each, have a label and others none."""
-    bare = half_labelled(pictures) if use_labels else []
-    if bare:
-        pairs = zip(table.lines, pictures, strict=True)
-        first = next(line for line, p in pairs if p.source == bare[0] and p.label is None)
-        raise InputError(
-            f"{table.path}: {len(bare)} of its {len(pictures)} rows have no label, though others "
-            f"of their split have (first: line {first}, {bare[0]}); fill it in, take those rows "
-            f"out, or pass {NO_LABELS}"
-        )
 
 
 def path_columns(table: TextTable) -> dict[str, str]:

@@ -21,29 +21,37 @@ PAIRS = {"reference.csv", "stages.csv"}  # CAMELYON16's and CAMELYON17's: a slid
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".xls"}
 MAX_JSON_BYTES = 1 << 28
 FIELDS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split")
+Facts = dict[str, dict[str, Any]]  # fields of a Picture by its source
 
 
 def with_tables(root: Path, found: Listing, others: Sequence[str], use_labels: bool) -> Listing:
     """Pictures with what metadata files beside them say, and a note on tables that are not read."""
-    tables = [path for path in others if is_side_table(path)]
-    facts: dict[str, dict[str, Any]] = {}
-    notes, unread, closed = list(found.notes), [], set[str]()
+    facts: Facts = {}
+    notes, unread, closed = list(found.notes), list[str](), set[str]()
     known = {picture.source for picture in found.pictures}
-    for path in tables:
-        own = side_facts(root, path, found.pictures, use_labels)
-        if own is None or not known & own[0].keys():
+    for path in others:
+        table = PurePosixPath(path)
+        if table.suffix.lower() not in SUFFIXES and table.name not in READ:
+            continue
+        own: Facts = {}
+        told: tuple[str, ...] = ()
+        if table.name in PAIRS and use_labels:
+            own = pair_labels(root, path, found.pictures)
+        elif table.name in READ:
+            own, told = metadata_of(root, path, use_labels)
+        if not known & own.keys():
             unread.append(path)
             continue
-        if any("split" in fields for fields in own[0].values()):
-            closed.add(f"{PurePosixPath(path).parent}/".removeprefix("./"))
-        for source, fields in own[0].items():
+        if any("split" in fields for fields in own.values()):
+            closed.add(f"{table.parent}/".removeprefix("./"))
+        for source, fields in own.items():
             if facts.setdefault(source, fields) != fields:
                 raise InputError(
                     f"{root / path}: tells of {source} otherwise than another metadata file; keep "
                     "one of them"
                 )
-        notes += own[1]
-        if strangers := len(own[0].keys() - known):
+        notes += told
+        if strangers := len(own.keys() - known):
             notes.append(f"{path}: {strangers:,} of its rows name no picture that is there")
     kept = [p for p in found.pictures
             if p.source in facts or not p.source.startswith(tuple(closed))]  # fmt: skip
@@ -52,30 +60,15 @@ def with_tables(root: Path, found: Listing, others: Sequence[str], use_labels: b
             f"{left:,} pictures are left out: tables with splits beside them name them not"
         )
     pictures = tuple(dataclasses.replace(p, **facts.get(p.source, {})) for p in kept)
-    return dataclasses.replace(
-        found,
-        pictures=pictures,
-        ignored=found.ignored + left,
-        notes=(*notes, *note_unread(unread, pictures)),
-    )
+    if unread:
+        bare = "" if any(p.label is not None for p in pictures) else "no labels; "
+        what = "--slide-table reads one, or convert it itself"
+        notes.append(f"{bare}not read: {some(unread)}; {what}")
+    ignored = found.ignored + left
+    return dataclasses.replace(found, pictures=pictures, ignored=ignored, notes=tuple(notes))
 
 
-def is_side_table(path: str) -> bool:
-    name = PurePosixPath(path)
-    return name.suffix.lower() in SUFFIXES or name.name in READ
-
-
-def side_facts(
-    root: Path, path: str, pictures: Sequence[Picture], use_labels: bool
-) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]] | None:
-    """Fields by picture of a table of a known name, and its notes; None where it tells nothing."""
-    name = PurePosixPath(path).name
-    if name in PAIRS:
-        return (pair_labels(root, path, pictures), ()) if use_labels else None
-    return metadata_of(root, path, use_labels) if name in READ else None
-
-
-def pair_labels(root: Path, path: str, pictures: Sequence[Picture]) -> dict[str, dict[str, Any]]:
+def pair_labels(root: Path, path: str, pictures: Sequence[Picture]) -> Facts:
     """Labels of the slides that the first column names, below the table's folder; header or not.
 
     A class that folders have is called as there, in whatever case. Rows of no slide are patients'.
@@ -84,7 +77,7 @@ def pair_labels(root: Path, path: str, pictures: Sequence[Picture]) -> dict[str,
     inside = [p for p in pictures if PurePosixPath(p.source).is_relative_to(folder)]
     known = {plain_name(p.source).rpartition("/")[2]: p.source for p in inside}
     called = {p.label.casefold(): p.label for p in pictures if p.label is not None}
-    found: dict[str, dict[str, Any]] = {}
+    found: Facts = {}
     for line, row in text_lines(root / path):
         source = known.get(plain_name(row[0]))
         if source is None or len(row) < 2 or not row[1].strip():
@@ -95,10 +88,8 @@ def pair_labels(root: Path, path: str, pictures: Sequence[Picture]) -> dict[str,
     return found
 
 
-def metadata_of(
-    root: Path, path: str, use_labels: bool
-) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]] | None:
-    """Fields by picture of a metadata file, and its unused columns; None where it names no files.
+def metadata_of(root: Path, path: str, use_labels: bool) -> tuple[Facts, tuple[str, ...]]:
+    """Fields by picture of a metadata file, and notes; nothing where it names no files.
 
     raises  InputError where it cannot be read, names a file twice or has a value no table holds
     """
@@ -107,8 +98,8 @@ def metadata_of(
     columns = columns_of(table, FIELDS)
     name = columns.pop("path", None)
     if name is None:
-        return None
-    facts: dict[str, dict[str, Any]] = {}
+        return {}, ()
+    facts: Facts = {}
     for line, row in zip(table.lines, table.rows, strict=True):
         where = f"{full}, line {line}"
         cells = {field: row[column].strip() for field, column in columns.items()}
@@ -157,13 +148,6 @@ def json_table(path: Path) -> TextTable:
 def plain(value: Any) -> str:
     """A value as a cell, empty for what is no text or number."""
     return str(value) if isinstance(value, (str, int, float)) else ""
-
-
-def note_unread(paths: Sequence[str], pictures: Sequence[Picture]) -> tuple[str, ...]:
-    """That tables were not read, and that labels may be in them where there are none."""
-    bare = "" if any(picture.label is not None for picture in pictures) else "no labels; "
-    what = "--slide-table reads one, or convert it itself"
-    return (f"{bare}not read: {some(paths)}; {what}",) if paths else ()
 
 
 def label_column(names: Sequence[str]) -> str | None:

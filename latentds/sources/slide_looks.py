@@ -19,14 +19,11 @@ LEAST_CELL_PX = 5  # smaller cells have no lines, or nothing else would be seen
 
 
 class Overview(NamedTuple):
-    """A slide as its tissue was looked for: uint8 (H, W, 3), level-0 pixels a pixel, the mask.
-
-    mask  bool (H, W), None where the rule does not tell
-    """
+    """A slide as its tissue was looked for: uint8 (H, W, 3), level-0 pixels a pixel, bool (H, W)."""
 
     pixels: np.ndarray
     factor: float
-    mask: np.ndarray | None
+    mask: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

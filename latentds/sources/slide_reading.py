@@ -288,10 +288,7 @@ def tissue_mask(thumbnail: np.ndarray, rule: str) -> np.ndarray:
 
     otsu   HSV saturation, median of 7 px, above Otsu's threshold (12 of 255 at least), not dark
     clam   the same above 8 of 255, CLAM's default threshold
-    none, dsmil   everywhere; dsmil looks at the patches themselves
     """
-    if rule in ("none", "dsmil"):
-        return np.ones(thumbnail.shape[:2], bool)
     hsv = np.asarray(Image.fromarray(thumbnail).convert("HSV"))
     smooth = Image.fromarray(hsv[:, :, 1]).filter(ImageFilter.MedianFilter(MEDIAN_PX))
     saturation = np.asarray(smooth)

@@ -148,6 +148,8 @@ class Slides(Source):
         if not len(places):
             self.empty[picture.source] = f"holds no patch of {self.edge * scale:.0f} px of level 0"
             return places
+        if options.tissue == "none":
+            return places
         if options.tissue == "dsmil":
             kept = np.array([self.has_edges(picture, at, scale) for at in places.tolist()], bool)
         else:
@@ -155,8 +157,7 @@ class Slides(Source):
             mask = tissue_mask(thumbnail, options.tissue)
             boxes = np.concatenate([places, places + self.edge * scale], 1) / factor
             kept = tissue_shares(mask, boxes) >= options.min_tissue
-            told = None if options.tissue == "none" else mask
-            self.overviews[picture.source] = Overview(thumbnail, factor, told)
+            self.overviews[picture.source] = Overview(thumbnail, factor, mask)
         if not kept.any():
             self.empty[picture.source] = f"no tissue in any of {len(places)} places ({self.rule})"
         chosen: np.ndarray = places[kept]
@@ -176,13 +177,12 @@ class Slides(Source):
         """What is shown of a slide whose places are known; of its overview, if one was read."""
         slide = self.open(picture)
         own, scale = self.own_mpp(picture, slide), self.scale(picture, slide)
-        mask = None if overview is None else overview.mask
         return SlideLook(
             picture_jpeg=self.draw(picture, overview, self.edge * scale),
             mpp_level0=own,
             mpp=None if own is None else own * scale,
             size_px=round(self.edge * scale),
-            tissue=None if mask is None else float(mask.mean()),
+            tissue=None if overview is None else float(overview.mask.mean()),
             places=self.looked_at.get(picture.source, 0),
             left_out=tuple(self.passed_over(picture)),
         )

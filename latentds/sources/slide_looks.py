@@ -19,7 +19,7 @@ LEAST_CELL_PX = 5  # smaller cells have no lines, or nothing else would be seen
 
 
 class Overview(NamedTuple):
-    """A slide as its tissue was looked for: uint8 (H, W, 3), level-0 pixels a pixel, bool (H, W)."""
+    """A slide as its tissue was looked for: uint8 (H, W, 3), its scale to level 0, bool (H, W)."""
 
     pixels: np.ndarray
     factor: float

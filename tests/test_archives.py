@@ -11,8 +11,8 @@ import pytest
 from latentds.conversion.conversion_plan import make_plan
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError, TooManyBadSamplesError
+from latentds.sources.names import slide_name
 from latentds.sources.opening import open_source
-from latentds.sources.side_records import slide_name
 from latentds.sources.tars import tar_members
 from latentds.store.reader import ShardSet
 from tests.archives import (

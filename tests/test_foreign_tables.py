@@ -9,7 +9,7 @@ from latentds.edit.extracting import extract, read_splits
 from latentds.errors import InputError, UnknownNameError
 from latentds.evaluation.groups import groups_of, read_labels
 from latentds.sources.csv_tables import read_table
-from latentds.sources.field_names import columns_of, note_unused
+from latentds.sources.names import columns_of, note_unused
 from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 

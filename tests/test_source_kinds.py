@@ -13,9 +13,8 @@ from latentds.errors import InputError
 from latentds.sources import kinds
 from latentds.sources.image_folder import SPLITS, is_identifier, known_patient, read_folders
 from latentds.sources.kinds import sort_files
-from latentds.sources.names import pattern_patient
+from latentds.sources.names import pattern_patient, split_word, splits_of
 from latentds.sources.opening import list_source, open_source
-from latentds.sources.side_records import split_word, splits_of
 from latentds.store.format import joined_names, sorted_names
 from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures, smooth_picture

@@ -22,7 +22,7 @@ from latentds.errors import InputError
 from latentds.loading.decoding import Decoder, find_autoencoder
 from latentds.loading.selection import select_rows
 from latentds.sources.csv_tables import read_table, write_table
-from latentds.sources.field_names import columns_of
+from latentds.sources.names import columns_of
 from latentds.store.format import SPLIT_PATTERN
 from latentds.store.reader import ShardSet
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from latentds.errors import InputError, missing_extra
 from latentds.sources.csv_tables import TextTable, read_table, write_table
-from latentds.sources.field_names import ALIASES
+from latentds.sources.names import ALIASES
 from latentds.sources.slide_names import NameIndex, some
 
 PARTS = ("train", "val", "test")

@@ -12,8 +12,8 @@ import numpy as np
 
 from latentds.errors import InputError
 from latentds.sources.csv_tables import TextTable, read_table
-from latentds.sources.field_names import ALIASES
 from latentds.sources.image_folder import check_class_names, known_patient
+from latentds.sources.names import ALIASES
 from latentds.sources.slide_names import NameIndex, plain_name, some
 from latentds.store.format import sorted_names
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from latentds.core.storage import check_regular, parse_json
 from latentds.errors import FormatError, InputError, UnusableError
-from latentds.sources.side_records import COLUMNS
+from latentds.sources.names import COLUMNS
 from latentds.sources.slide_reading import reason_of
 
 # Decompressed pictures of a row group; a few are in memory at once.

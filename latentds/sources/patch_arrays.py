@@ -14,11 +14,9 @@ from latentds.core.storage import check_regular, expands_to
 from latentds.errors import InputError, Reason, UnusableError, missing_extra
 from latentds.sources.csv_tables import read_table
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.field_names import note_columns
-from latentds.sources.names import numbers_of
+from latentds.sources.names import COLUMNS, fields_of, note_columns, numbers_of, splits_of
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
 from latentds.sources.picture_files import PicturesInFiles
-from latentds.sources.side_records import COLUMNS, fields_of, splits_of
 from latentds.sources.slide_names import some
 from latentds.sources.source import Inspection, Kept, Source
 

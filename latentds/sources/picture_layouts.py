@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from latentds.errors import InputError
 from latentds.sources.csv_tables import read_table
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.field_names import split_of_fold
 from latentds.sources.image_folder import (
     DEFAULT_SPLIT,
     are_splits,
@@ -18,6 +17,7 @@ from latentds.sources.image_folder import (
     picture_suffixes,
     walk,
 )
+from latentds.sources.names import split_of_fold
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import MASK_SUFFIXES, PictureFiles, read_header
 from latentds.sources.slide_names import named_once

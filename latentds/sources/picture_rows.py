@@ -11,13 +11,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 from latentds.errors import InputError, UnusableError, first_words, missing_extra
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, path_fields
-from latentds.sources.names import name_fields
+from latentds.sources.names import COLUMNS, fields_of, name_fields, note_columns, splits_of
 from latentds.sources.parquet_files import PATHS, EncodedTable, has_pictures, open_table
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
 from latentds.sources.picture_files import PictureFiles, PicturesInFiles
-from latentds.sources.side_records import COLUMNS, fields_of, splits_of
 from latentds.sources.side_tables import label_column
 from latentds.sources.source import Inspection, Kept, Source
 

@@ -11,14 +11,19 @@ from typing import Any
 from latentds.errors import InputError
 from latentds.sources.csv_tables import SUFFIXES, TextTable, read_table
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.field_names import columns_of, facts_of, note_splits, note_unused
 from latentds.sources.image_folder import DEFAULT_SPLIT, check_labels
 from latentds.sources.kinds import SUFFIXES as SLIDE_SUFFIXES
 from latentds.sources.kinds import sort_files
-from latentds.sources.names import patient_of
+from latentds.sources.names import (
+    columns_of,
+    facts_of,
+    note_splits,
+    note_unused,
+    patient_of,
+    slide_name,
+)
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles
-from latentds.sources.side_records import slide_name
 from latentds.sources.slide_names import NameIndex, named_once, path_ends, some
 from latentds.sources.slide_regions import note_unused_regions
 from latentds.sources.slides import Slides

@@ -12,7 +12,6 @@ from latentds.core.storage import parse_json, read_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.csv_tables import read_table
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import (
     NO_LABELS,
     SPLITS,
@@ -23,10 +22,9 @@ from latentds.sources.image_folder import (
     picture_suffixes,
     read_folders,
 )
-from latentds.sources.names import numbers_of
+from latentds.sources.names import COLUMNS, fields_of, note_columns, numbers_of, splits_of
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PicturesInFiles
-from latentds.sources.side_records import COLUMNS, fields_of, splits_of
 from latentds.sources.slide_names import named_once, some
 from latentds.sources.source import TILE_TAR, Inspection, Source
 from latentds.sources.tars import TarMember, open_member, read_member, tar_members

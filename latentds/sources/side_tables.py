@@ -10,7 +10,7 @@ from typing import Any
 from latentds.core.storage import parse_json, read_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.csv_tables import TextTable, decoded, read_table, text_lines
-from latentds.sources.field_names import ALIASES, columns_of, facts_of, note_splits, note_unused
+from latentds.sources.names import ALIASES, columns_of, facts_of, note_splits, note_unused
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.slide_names import plain_name, some
 

@@ -15,8 +15,8 @@ from latentds.codecs.formats import DECODE_ERRORS
 from latentds.core.storage import open_picture, read_json
 from latentds.errors import FormatError, InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.field_names import ALIASES
 from latentds.sources.image_folder import walk
+from latentds.sources.names import ALIASES
 from latentds.sources.picture import Picture
 from latentds.sources.slide_names import NameIndex, some
 from latentds.sources.slide_reading import tissue_shares

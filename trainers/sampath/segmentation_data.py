@@ -23,7 +23,7 @@ from latentds.core.storage import write_atomically
 from latentds.errors import InputError, missing_extra
 from latentds.evaluation.folds import Fold, check_disjoint, predefined_fold
 from latentds.sources.csv_tables import read_table
-from latentds.sources.field_names import split_of_fold
+from latentds.sources.names import split_of_fold
 from latentds.sources.slide_names import NameIndex, some
 from latentds.views.mask_geometry import random_views, whole
 

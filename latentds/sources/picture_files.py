@@ -80,10 +80,10 @@ class PictureFiles(Source):
         Known rules tell only what nothing else does.
         """
         if self.options.name_pattern:
-            pattern = name_fields(self.options.name_pattern)
-            named = tuple(dataclasses.replace(p, **pattern(p.source)) for p in found.pictures)
-            return dataclasses.replace(found, pictures=named)
-        named = tuple(with_path_fields(picture) for picture in found.pictures)
+            fields = name_fields(self.options.name_pattern)
+            named = tuple(dataclasses.replace(p, **fields(p.source)) for p in found.pictures)
+        else:
+            named = tuple(map(with_path_fields, found.pictures))
         return dataclasses.replace(found, pictures=named)
 
     def header(self, picture: Picture) -> Header:
@@ -145,10 +145,6 @@ class PictureFiles(Source):
         step = self.options.stride or edge
         rows, columns = range(0, height - edge + 1, step), range(0, width - edge + 1, step)
         return np.array([(x, y) for y, x in itertools.product(rows, columns)], np.int32)
-
-    def empty_reason(self, picture: Picture) -> str:
-        del picture
-        return "holds no tile"
 
     def whereabouts(
         self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions

@@ -58,7 +58,12 @@ def read_coordinates(path: Path) -> Coordinates:
             coords = own_dataset(file, "coords")
             if coords is None:
                 raise misfit("has no data set 'coords' of its own")
-            check_dataset(coords, path)
+            if coords.dtype.kind not in "iu" or len(coords.shape) != 2 or coords.shape[1] != 2:
+                raise misfit(f"'coords' is {coords.dtype} {coords.shape}, not integers (n, 2)")
+            if len(coords) > MAX_COORDINATES:
+                raise misfit(f"'coords' has {len(coords)} rows; refused")
+            if wrong := expands_to(coords, path):
+                raise misfit(f"'coords' {wrong}")
             places, attributes = coords[:], dict(coords.attrs)
     except (OSError, KeyError, RuntimeError) as error:
         raise misfit(f"is no readable h5 file ({type(error).__name__})") from error
@@ -67,16 +72,6 @@ def read_coordinates(path: Path) -> Coordinates:
 
 def misfit(words: str) -> UnusableError:
     return UnusableError(words, "coordinates")
-
-
-def check_dataset(coords: Any, path: Path) -> None:
-    """Refuse what is not a bounded array of whole numbers inside the file."""
-    if coords.dtype.kind not in "iu" or len(coords.shape) != 2 or coords.shape[1] != 2:
-        raise misfit(f"'coords' is {coords.dtype} {coords.shape}, not integers (n, 2)")
-    if len(coords) > MAX_COORDINATES:
-        raise misfit(f"'coords' has {len(coords)} rows; refused")
-    if wrong := expands_to(coords, path):
-        raise misfit(f"'coords' {wrong}")
 
 
 def sizes_of(attributes: dict[str, Any]) -> tuple[int, int, tuple[int, int] | None, int]:

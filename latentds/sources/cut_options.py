@@ -134,9 +134,9 @@ class SourceOptions(CutOptions):
         limits = {
             **{"patch_size": (8, 8192), "stride": (1, 8192), "max_px": (64, 2**34)},
             **{"seed": (0, 2**31), "min_tissue": (0, 1), "mpp_tolerance": (0, 0.5)},
+            **{"mpp": (0.01, 100), "assume_mpp": (0.01, 100)},  # micrometres a pixel
         }
         self.check_limits(limits)
-        self.check_limits({"mpp": (0.01, 100), "assume_mpp": (0.01, 100)}, " micrometres a pixel")
 
     def take_magnification(self) -> None:
         """Turn --magnification into --mpp, by which a run is known; InputError where both are."""
@@ -188,12 +188,12 @@ class SourceOptions(CutOptions):
                 f"--patient-pattern {self.patient_pattern!r} is no regular expression ({error})"
             ) from error
 
-    def check_limits(self, limits: Mapping[str, tuple[float, float]], unit: str = "") -> None:
+    def check_limits(self, limits: Mapping[str, tuple[float, float]]) -> None:
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 option = name.replace("_", "-")
-                raise InputError(f"--{option} {value}{unit} is not between {low} and {high}")
+                raise InputError(f"--{option} {value} is not between {low} and {high}")
 
     @property
     def hide(self) -> Callable[[str], str]:

@@ -36,10 +36,6 @@ CLAM_PARTS = ("train", "val", "test")
 Facts = dict[str, Any]  # fields of a Picture
 
 
-def is_table(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in SUFFIXES
-
-
 class PictureTable(PictureFiles):
     """A table with a column `path`; also label, slide, patient, x, y, mpp, size_px, split, mask.
 
@@ -55,7 +51,7 @@ class PictureTable(PictureFiles):
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
-        return cls(found.options) if is_table(found.root) else None
+        return cls(found.options) if found.is_file else None
 
     def listing(self) -> Listing:
         return list_table(self.options)
@@ -228,8 +224,7 @@ class ListedSlides(Slides):
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
-        is_list = found.is_file and is_table(found.root) and lists_slides(found.options)
-        return cls(found.options) if is_list else None
+        return cls(found.options) if found.is_file and lists_slides(found.options) else None
 
     def listing(self) -> Listing:
         found = list_table(self.options)

@@ -86,23 +86,17 @@ class SlideRegions:
         self.outside: dict[str, int] = {}
         self.bare: dict[str, list[str]] = {}
 
-    def file_of(self, slide: str) -> Path | None:
-        """The file of a slide's regions, None for none; UnusableError where it may be several."""
-        places = self.index.find_all(slide)
-        if len(places) > 1:
-            named = some([self.paths[place] for place in places])
-            raise UnusableError(f"has several files in --regions: {named}; keep one", "mask")
-        return self.folder / self.paths[places[0]] if places else None
-
     def within(
         self, picture: Picture, slide_px: tuple[int, int], places: np.ndarray, edge: float
     ) -> tuple[np.ndarray, str]:
         """The places of a slide that lie in its regions, and why there are none."""
-        file = self.file_of(picture.slide or picture.source)
-        if file is None:
+        files = [self.paths[n] for n in self.index.find_all(picture.slide or picture.source)]
+        if len(files) > 1:
+            raise UnusableError(f"has several files in --regions: {some(files)}; keep one", "mask")
+        if not files:
             return places[:0], "has no file in --regions"
         kept, numbers, classes = taken(
-            file, slide_px, places, edge, self.least, by_class=self.by_class
+            self.folder / files[0], slide_px, places, edge, self.least, by_class=self.by_class
         )
         if lost := int((~kept).sum()):
             self.outside[picture.source] = lost

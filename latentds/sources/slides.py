@@ -119,7 +119,12 @@ class Slides(Source):
             found = self.find_places(picture, slide)
             overview = self.overviews.pop(picture.source, None)  # gone whatever fails below
             slide = self.open(picture)  # a broken overview may have closed the first
-            self.places[picture.source] = self.within_regions(picture, slide, found)
+            if self.chosen is not None and len(found):
+                edge = self.edge * self.scale(picture, slide)
+                found, why = self.chosen.within(picture, slide.dimensions, found, edge)
+                if not len(found):
+                    self.empty[picture.source] = why
+            self.places[picture.source] = found
             encoding = describe_slide(slide, path)
             if self.keeps_looks:
                 self.looks[picture.source] = self.make_look(picture, overview)
@@ -202,16 +207,6 @@ class Slides(Source):
             return None
         places, mask = self.places[picture.source], overview.mask if overview else None
         return draw_look(view[0], mask, np.concatenate([places, places + edge], 1) / view[1])
-
-    def within_regions(self, picture: Picture, slide: Any, places: np.ndarray) -> np.ndarray:
-        """The places that lie in a slide's --regions, all without them."""
-        if self.chosen is None or not len(places):
-            return places
-        edge = self.edge * self.scale(picture, slide)
-        places, why = self.chosen.within(picture, slide.dimensions, places, edge)
-        if not len(places):
-            self.empty[picture.source] = why
-        return places
 
     def label(self, picture: Picture, region: tuple[int, int]) -> str | None:
         if self.chosen is None or not self.chosen.by_class:

@@ -23,7 +23,6 @@ from latentds.store.slide_records import read_slide_records
 
 LOCATED_KEPT = 65_536  # patches of which header and region are kept
 GOLDEN_DB = 30.0  # thumbnails of the same patch are equal; of another one they are some 10-15 dB
-COLUMNS = ("source",)
 Place = tuple[str, int, int]  # source, x, y; -1 where x and y are unknown
 
 
@@ -106,7 +105,7 @@ class Originals:
         if not len(golden.rows):
             return
         table = self.shards.patches[golden.rows]
-        sources = self.shards.read_columns(golden.rows, COLUMNS)["source"]
+        sources = self.shards.read_columns(golden.rows, ("source",))["source"]
         images = self.read(sources, np.stack([table["x"], table["y"]], 1))
         for row, source, image, thumbnail in zip(
             golden.rows.tolist(), sources, images, golden.thumbnails, strict=True
@@ -125,10 +124,8 @@ def with_own_mpp(shards: ShardSet, pictures: dict[str, Picture]) -> dict[str, Pi
     if not isinstance(shards.files, LocalFiles):
         return pictures
     records = read_slide_records(shards.files.folder)
-    known = [one for one in records if one.mpp_level0 is not None and one.source in pictures]
-    return pictures | {
-        one.source: dataclasses.replace(pictures[one.source], mpp=one.mpp_level0) for one in known
-    }
+    own = {one.source: one.mpp_level0 for one in records if one.mpp_level0 is not None}
+    return {s: dataclasses.replace(p, mpp=own.get(s, p.mpp)) for s, p in pictures.items()}
 
 
 def recorded_options(

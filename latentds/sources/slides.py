@@ -147,8 +147,7 @@ class Slides(Source):
         options, scale = self.options, self.scale(picture, slide)
         step = (options.stride or self.edge) * scale
         unit = scale if scale in slide.level_downsamples else 1.0
-        places = grid(slide, self.edge * scale, step, options.edges, unit)
-        places = distinct(places)
+        places = distinct(grid(slide, self.edge * scale, step, options.edges, unit))
         self.looked_at[picture.source] = len(places)
         if not len(places):
             self.empty[picture.source] = f"holds no patch of {self.edge * scale:.0f} px of level 0"

@@ -83,7 +83,7 @@ def test_extracted_pictures_convert_to_the_same_labels_and_slides(small, tmp_pat
         before.splits, before.classes, before.slides)  # fmt: skip
 
 
-def test_converting_an_extracted_folder_names_the_table_that_keeps_all(tmp_path):
+def test_the_table_of_an_extracted_folder_keeps_all(tmp_path):
     lines = ["path,label,slide,x,y,mpp", "a.png,IDC / grade 2,s 1,512,0,0.25"]
     save_pictures(tmp_path / "in", 1)
     next((tmp_path / "in").glob("*.png")).rename(tmp_path / "in/a.png")
@@ -91,7 +91,7 @@ def test_converting_an_extracted_folder_names_the_table_that_keeps_all(tmp_path)
     convert_with_mean(tmp_path / "in/own.csv", tmp_path / "set")
     extract(tmp_path / "set", tmp_path / "png", autoencoder=MeanAutoencoder())
     (note,) = (note for note in listed(tmp_path / "png")[1].notes if "not read" in note)
-    assert f"convert {tmp_path / 'png/table.csv'}, which keeps class names, mpp, slides" in note
+    assert "'table.csv'; --slide-table reads one, or convert it itself" in note
     convert_with_mean(tmp_path / "png/table.csv", tmp_path / "again")
     again, before = ShardSet(tmp_path / "again"), ShardSet(tmp_path / "set")
     assert (again.manifest.classes, again.manifest.slides) == (("IDC / grade 2",), ("s 1",))

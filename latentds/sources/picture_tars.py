@@ -244,7 +244,7 @@ class TileTars(PictureTars):
         return cls(found.options, tars) if tars else None
 
     def listing(self) -> Listing:
-        for annotation in {annotation_of(archive) for archive in self.files}:
+        for annotation in dict.fromkeys(map(annotation_of, self.files)):
             own = [archive for archive in self.files if annotation_of(archive) == annotation]
             named_once(self.root, ((sample_of(archive), archive) for archive in own))
         return super().listing()

@@ -346,10 +346,9 @@ def check_masks_apart(root: Path, paths: Sequence[str], first: str = "") -> None
         parts = path.split("/")
         holding = [n for n, name in enumerate(parts[:-1]) if name.lower() in MASK_FOLDERS | HOLDERS]
         if holding:
-            above, rest = parts[: holding[0]], PurePosixPath(*parts[holding[0] + 1 :])
+            above, rest = "/".join(parts[: holding[0]]), PurePosixPath(*parts[holding[0] + 1 :])
             stem = str(rest.with_name(MASK_SUFFIX.sub("", rest.stem)))
-            stems = below.setdefault("/".join(above), {})
-            stems.setdefault(parts[holding[0]], set()).add(stem)
+            below.setdefault(above, {}).setdefault(parts[holding[0]], set()).add(stem)
     for above, stems in below.items():
         holders = sorted(name for name in stems if name.lower() in HOLDERS)
         for pictures, masks in itertools.product(holders, sorted(stems.keys() - {*holders})):

@@ -250,7 +250,7 @@ def fields_of(record: Mapping[str, Any], use_labels: bool) -> dict[str, Any]:
         del found["label"]
     if isinstance(found["mpp"], (int, float)) and not found["mpp"] > 0:  # wsistream writes -1
         del found["mpp"]
-    scale = [record.get(name) for name in SCALE]
+    scale: list[Any] = [record.get(name) for name in SCALE]
     if found["size_px"] is None and None not in scale:
         try:
             found["size_px"] = round(float(scale[0]) * float(scale[1]))

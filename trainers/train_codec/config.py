@@ -45,10 +45,8 @@ class CodecOptions:
     """Settings of the run that stay as they are given."""
 
     tiles: Path
-    """The assets' folder (segmentation/, classification/, tiles/, tiles_open/, wsi/), any folder of
-    pictures of 256 px or more (every twentieth is held out), or a file of `--pack`."""
-    pack: Path | None = None
-    """Write as many tiles as fit into this file, at most 54 MB, and end."""
+    """The assets' folder (segmentation/, classification/, tiles/, tiles_open/, wsi/), or any folder
+    of pictures of 256 px or more (every twentieth is held out)."""
     students_of: str | None = None
     """Train only fast decoders, for the latents of this codec (a name or a folder). They learn from
     the codec's own decoder, and OUT/codec has nothing else."""

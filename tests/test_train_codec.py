@@ -25,7 +25,7 @@ from latentds_trainers.train_codec.codec_product import (
     warm_start,
 )
 from latentds_trainers.train_codec.config import PRESETS, TrainCodecConfig
-from latentds_trainers.train_codec.task import CodecTask, StudentTask, codec_folder_of, draws
+from latentds_trainers.train_codec.task import CodecTask, StudentTask, codec_folder_of, draws, train
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.codec_folder import is_codec_folder, read_counts
@@ -130,7 +130,7 @@ def test_a_run_resumes_and_leaves_a_folder_that_loads(tiles, tmp_path, monkeypat
     monkeypatch.setattr(codec_product, "FINAL_CROPS", 8)
     monkeypatch.setattr(codec_product, "COUNTED_PX", 64)
     for steps in (1, 2):
-        product = CodecTask(settings(tiles, tmp_path / "mine", steps=steps)).run()
+        product = train(CodecTask(settings(tiles, tmp_path / "mine", steps=steps)))
     lines = [json.loads(x) for x in (tmp_path / "mine" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert {"validation/psnr_db_at_4096", "validation/fast_psnr_db_at_2048"} < set(lines[-1])
@@ -140,7 +140,7 @@ def test_a_run_resumes_and_leaves_a_folder_that_loads(tiles, tmp_path, monkeypat
     assert read_counts(product).counts_SCT.sum((1, 2)).unique().tolist() == [8 * 8 * 64]
 
     config = settings(tiles, tmp_path / "students", students_of=str(product), steps=1, lr=1e-9)
-    students = StudentTask(config).run()
+    students = train(StudentTask(config))
     assert sorted(path.name for path in students.iterdir()) == ["cpu", "fast"]
     decoder = load_decoder(students / "fast")  # went on from the codec's
     assert (decoder.card.name, decoder.card.latent_id) == ("mine-fast", codec.card.latent_id)
@@ -164,8 +164,8 @@ def test_an_interrupted_run_takes_the_steps_of_one_that_was_not(tiles, tmp_path,
     monkeypatch.setattr(CodecTask, "validate", lambda *_, **__: {})
     for steps in (1, 2):
         resumed = CodecTask(settings(tiles, tmp_path / "a", steps=steps, schedule="constant"))
-        resumed.run()
+        train(resumed)
     whole = CodecTask(settings(tiles, tmp_path / "b", schedule="constant"))
-    whole.run()
+    train(whole)
     ends = [task.engine.weights("codec")["decoder.layers.0.weight"] for task in (resumed, whole)]
     assert torch.equal(*ends)

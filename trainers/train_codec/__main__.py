@@ -22,10 +22,10 @@ USUAL = ("tiles", "preset", "bytes", "channels", "steps")  # options
 
 
 def main(config: TrainCodecConfig) -> None:
-    from latentds_trainers.train_codec.task import CodecTask, StudentTask
+    from latentds_trainers.train_codec.task import CodecTask, StudentTask, train
 
     task = CodecTask if config.students_of is None else StudentTask
-    path = task(config.settings).run()
+    path = train(task(config.settings))
     if path is not None:
         say(path)
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from latentds_trainers.engine.settings import plain
-from latentds_trainers.train_codec.tile_crops import Crops
-from latentds_trainers.train_codec.tiles import attribution_of
+from latentds_trainers.train_codec.tiles import Crops, attribution_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -119,13 +118,6 @@ def held_out_figures(
         for name, judged in decoders.items():
             figures[f"{name}psnr_db_at_{size}"] = psnr(judged, coded, images)
     return figures
-
-
-@torch.no_grad()
-def estimated_bytes(network: CodecNetwork, latents: Tensor) -> float:
-    """Mean bytes of a patch at step 1 by the network's own mixtures."""
-    ones = torch.ones(len(latents)).to(latents)
-    return float(network.rate((GAIN * latents).round(), ones).sum() / 8 / len(latents))
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -19,7 +18,6 @@ from latentds_trainers.train_codec.codec_product import (
     CodecNetwork,
     count_integers,
     encoded,
-    estimated_bytes,
     held_out_figures,
     mse,
     rounded,
@@ -27,8 +25,7 @@ from latentds_trainers.train_codec.codec_product import (
     save_students,
     warm_start,
 )
-from latentds_trainers.train_codec.tile_crops import CropConfig, Crops
-from latentds_trainers.train_codec.tiles import read_tiles
+from latentds_trainers.train_codec.tiles import Crops, read_tiles
 from torch import Tensor, nn
 
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
@@ -53,7 +50,7 @@ EARLY_SHARE = 8  # one part in so many of the steps has the early rate weight
 
 
 class TileTask:
-    """What trains on tiles: their crops, fast decoders, the way of a run.
+    """What trains on tiles: their crops, fast decoders.
 
     engine  set by the task, with its fast decoders by their folder in the product
     """
@@ -65,9 +62,7 @@ class TileTask:
         self.device = join_ranks()
         self.tiles = on_all_ranks(lambda: read_tiles(config.tiles))
         self.held_out = self.tiles.held_out.to(self.device)
-        names = [field.name for field in dataclasses.fields(CropConfig)]
-        crops = CropConfig(**{name: getattr(config, name) for name in names})
-        self.crops = Crops(self.tiles.pictures, self.tiles.shares, crops, self.device)
+        self.crops = Crops(self.tiles.pictures, self.tiles.shares, config, self.device)
 
     @torch.no_grad()
     def new_students(self, encoder: nn.Module, channels: int) -> dict[str, nn.Module]:
@@ -117,24 +112,6 @@ class TileTask:
     def shown(self) -> Tensor:
         return self.held_out[:: max(1, len(self.held_out) // SAMPLES)][:SAMPLES]
 
-    def run(self) -> Path | None:
-        """Train to the last step; rank 0 returns the product's folder."""
-        self.engine.run(self.step, samples=self.samples, validate=self.validate)
-        self.validate()
-        return self.config.out / PRODUCT if self.engine.is_first else None
-
-    def step(self, step: int) -> dict[str, Tensor]:
-        """Train a step; what to log."""
-        raise NotImplementedError
-
-    def samples(self) -> Tensor:
-        """Held-out pictures above what becomes of them."""
-        raise NotImplementedError
-
-    def validate(self) -> dict[str, float]:
-        """Write the product; figures of held-out patients."""
-        raise NotImplementedError
-
 
 def draws(
     config: CodecSettings, step: int, places: Iterable[int], latents: Tensor
@@ -148,6 +125,13 @@ def draws(
         steps.append(math.exp(low + share * (high - low)))
         noise.append(torch.rand(latents.shape[1:], generator=generator) - 0.5)
     return torch.tensor(steps).to(latents), torch.stack(noise).to(latents)
+
+
+def train(task: CodecTask | StudentTask) -> Path | None:
+    """Train to the last step; rank 0 returns the product's folder."""
+    task.engine.run(task.step, samples=task.samples, validate=task.validate)
+    task.validate()
+    return task.config.out / PRODUCT if task.engine.is_first else None
 
 
 def rounded_values(figures: Mapping[str, float]) -> dict[str, float]:
@@ -209,8 +193,7 @@ class CodecTask(TileTask):
             return {}
         counts = count_integers(network.encoder, self.crops, self.config, self.engine.is_done)
         latents = encoded(network.encoder, self.held_out)
-        figures = {"bytes_at_step_1_estimated": estimated_bytes(network, latents)}
-        figures |= held_out_figures(latents, network.decoder, students, counts, self.held_out)
+        figures = held_out_figures(latents, network.decoder, students, counts, self.held_out)
         made = {"steps": self.engine.step, "seconds": round(self.engine.state().seconds)}
         trained = {"shares": self.tiles.shares, "figures": rounded_values(figures)} | made
         save_product(self.config, network, students, counts, trained)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")
 
 from latentds_trainers.pretrain.data_sources import open_source
-from latentds_trainers.pretrain.feeds import FeedBatch, LoaderFeed, OwnOrder, micro_batch
+from latentds_trainers.pretrain.feeds import FeedBatch, OwnOrder, micro_batch
 from latentds_trainers.pretrain.schedules import settle_batch
 
 from tests.conftest import convert_with_mean, save_pictures
@@ -125,29 +124,6 @@ def test_a_set_smaller_than_a_step_is_refused(tmp_path, tiny_latents, class_pict
         config = config_of(tmp_path, **given, global_batch_size=64)
         with pytest.raises(InputError, match=r"44 patches .*before one step of 64 is filled"):
             patches_of(config, 0, 1)
-
-
-class ShortLoader:
-    """A loader of three batches an epoch that gives fewer."""
-
-    def __init__(self, sizes: list[int]) -> None:
-        self.sizes = sizes
-
-    def __len__(self) -> int:
-        return 3
-
-    def __iter__(self) -> Any:
-        for size in self.sizes:
-            yield type("B", (), {"images": torch.zeros(size, 1), "seeds": torch.zeros(size)})
-
-
-@pytest.mark.parametrize(
-    ("sizes", "words"), [([4, 4], "ended after 2 of 3 steps"), ([4, 3], "3 patches for a step")]
-)
-def test_a_set_that_ends_early_is_told(sizes, words):
-    feed = LoaderFeed(ShortLoader(sizes), 4, {"source": "brca"})  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=f"brca: {words}"):
-        list(feed)
 
 
 @pytest.mark.parametrize("sizes", [(6, 2), (5, 3)])

@@ -120,8 +120,8 @@ def open_sets(config: SizedConfig, device: torch.device, rank: int, ranks: int) 
     else:
         check_fields(sets, config.allow_mixed_mpp, config.split)
         loader = open_alike(config, weights, settings)
-    share, decoders = (config.global_batch_size or 0) // ranks, decoders_of(loader, sets)
-    feed = LoaderFeed(loader, share, facts_of(config, sets, weights, decoders))
+    decoders = decoders_of(loader, sets)
+    feed = LoaderFeed(loader, facts_of(config, sets, weights, decoders))
     manifests = [shards.manifest for shards in sets]
     return FeedSource(
         feed=feed,

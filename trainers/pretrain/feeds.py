@@ -55,54 +55,27 @@ class FeedBatch:
 
 
 class LoaderFeed:
-    """Data sets of latents, decoded or as they are.
+    """Data sets of latents, decoded or as they are; a loader's batch is this rank's step."""
 
-    loader  whose global batch is all ranks' images of an optimizer step
-    share   patches of them that are this rank's
-    """
-
-    def __init__(
-        self, loader: LatentLoader | MixedLoader, share: int, facts: dict[str, Any]
-    ) -> None:
-        self.loader, self.share, self.facts = loader, share, facts
-        self.has_resumed = False
+    def __init__(self, loader: LatentLoader | MixedLoader, facts: dict[str, Any]) -> None:
+        self.loader, self.facts = loader, facts
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[list[FeedBatch]]:
         while True:
-            count = 0
             for batch in self.loader:
-                count += 1
-                yield self.groups(batch)
-            if count < len(self) and not self.has_resumed:
-                raise InputError(
-                    f"{self.facts['source']}: ended after {count} of {len(self)} steps of an "
-                    "epoch; run 'latentds verify' on it"
-                )
-            self.has_resumed = False  # the epoch that a run went on in may be nearly over
-
-    def groups(self, batch: Any) -> list[FeedBatch]:
-        """A step's patches; InputError where they are fewer than a step takes."""
-        parts = [
-            FeedBatch(part.latents if part.images is None else part.images, part.seeds)
-            for part in (batch if isinstance(batch, list) else [batch])
-        ]
-        count = sum(map(len, parts))
-        if count != self.share:
-            raise InputError(
-                f"{self.facts['source']}: {count} patches for a step that takes {self.share} on "
-                "this rank; the set ended early, run 'latentds verify' on it"
-            )
-        return parts
+                yield [
+                    FeedBatch(part.latents if part.images is None else part.images, part.seeds)
+                    for part in (batch if isinstance(batch, list) else [batch])
+                ]
 
     def state_dict(self) -> dict[str, Any]:
         return self.loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any], bad_packs: Sequence[str] = ()) -> None:
         self.loader.load_state_dict(state, bad_packs)
-        self.has_resumed = True
 
     def gather_bad_packs(self) -> list[str]:
         return self.loader.gather_bad_packs()

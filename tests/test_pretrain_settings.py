@@ -20,9 +20,9 @@ from tests.pretraining import config_of
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"weights": (0.5, 0.6)}, "sum to 1.1, not to 1; .*--weights 0.454545455 0.545454545"),
-        ({"weights": (1.0,)}, "1 for 2 sets"),
-        ({"weights": (1.5, -0.5)}, "every one must be above 0"),
+        ({"weights": (0.5, 0.6)}, "--weights 0.5 0.6: give one for each .* above 0 and 1 together"),
+        ({"weights": (1.0,)}, "--weights 1: give one for each of the 2 sets"),
+        ({"weights": (1.5, -0.5)}, "above 0 and 1 together"),
         ({"data": ("a", "a")}, "each set once"),
         ({"originals": Path("p")}, "either --data or --originals"),
         ({"codec": "jpeg:10"}, "--codec belongs to --originals"),
@@ -46,21 +46,12 @@ from tests.pretraining import config_of
         ({"method": "mae", "teacher_temp": 0.05}, "--teacher-temp belongs to dino"),
         ({"method": "mae", "locals": 4}, "--locals belongs to dino"),
         ({"method": "mae", "mask_ratio": 1.0}, "mask_ratio is 1.0; take a share above 0"),
-        ({"method": "mae", "mae_dim": 90, "mae_heads": 6}, "a multiple of 12 .*--mae-dim 96"),
+        ({"method": "mae", "mae_dim": 90, "mae_heads": 6}, "a multiple of 12"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         config_of(tmp_path, **({"data": ("a", "b")} | changes))
-
-
-@pytest.mark.parametrize("sets", [2, 3, 6, 7, 9, 11])
-def test_weights_that_are_suggested_are_taken(tmp_path, sets):
-    data = tuple(map(str, range(sets)))
-    with pytest.raises(ValueError, match="--weights") as refused:
-        config_of(tmp_path, data=data, weights=(0.3,) * sets)
-    words = str(refused.value).rpartition("--weights ")[2].split()
-    assert config_of(tmp_path, data=data, weights=tuple(map(float, words))).weights
 
 
 @pytest.mark.parametrize(
@@ -82,17 +73,12 @@ def test_passes_follow_from_the_global_batch(tmp_path, changes, ranks, batch, pa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"global_batch_size": 100}, "over 3 ranks leaves 1 images; take a multiple of 3: 99, 102"),
+        ({"global_batch_size": 100}, "100 is no multiple of 3, 3 ranks .*; take 99 or 102"),
         (
             {"global_batch_size": 96, "batch_size": 5},
-            "32 images for each of 3 ranks, which batch_size 5 does not divide; "
-            "take batch_size 2, 4, 8",
+            "96 is no multiple of 15, 3 ranks times batch_size 5; take 90 or 105",
         ),
         ({"global_batch_size": 96, "accumulation": 2}, "accumulation 2 follows from"),
-        (
-            {"global_batch_size": 3 * 67},
-            "passes of at most 64 would have 1; take a multiple of 192",
-        ),
     ],
 )
 def test_batches_that_do_not_divide_are_refused(tmp_path, changes, words):

@@ -209,9 +209,6 @@ GLOBAL_BATCH = 1024  # where neither size is given
 LARGEST_BATCH = 64  # images of a forward pass where batch_size is not given: DINO's of a GPU
 
 
-LEAST_BATCH = 8  # less is refused where it only comes of how a step divides
-
-
 EPOCHS = 100  # where neither epochs nor steps are given
 
 
@@ -304,22 +301,11 @@ class PretrainConfig(PretrainOptions):
     def check_weights(self) -> None:
         """Refuse weights that are not one a set, positive, and 1 together."""
         weights = self.weights
-        if not weights:
-            return
-        seen = " ".join(f"{weight:g}" for weight in weights)
-        if len(weights) != len(self.data):
+        is_right = len(weights) == len(self.data) and all(weight > 0 for weight in weights)
+        if weights and not (is_right and abs(math.fsum(weights) - 1) <= SUM_TOLERANCE):
             raise ValueError(
-                f"--weights {seen}: {len(weights)} for {len(self.data)} sets of --data; one each"
-            )
-        if not all(0 < weight < math.inf for weight in weights):
-            raise ValueError(
-                f"--weights {seen}: every one must be above 0; leave out a set instead"
-            )
-        if abs(math.fsum(weights) - 1) > SUM_TOLERANCE:
-            scaled = " ".join(f"{weight / math.fsum(weights):.9g}" for weight in weights)
-            raise ValueError(
-                f"--weights {seen}: they sum to {math.fsum(weights):.9g}, not to 1; in the same "
-                f"proportions, --weights {scaled}"
+                f"--weights {' '.join(f'{weight:g}' for weight in weights)}: give one for each of "
+                f"the {len(self.data)} sets of --data, above 0 and 1 together"
             )
 
     def check_numbers(self) -> None:
@@ -371,8 +357,6 @@ class PretrainConfig(PretrainOptions):
             raise ValueError(f"mask_ratio is {self.mask_ratio}; take a share above 0 and below 1")
         unit = math.lcm(self.mae_heads, 4)  # its positions are sines and cosines of two edges
         if self.mae_dim % unit:
-            near = max(round(self.mae_dim / unit), 1) * unit
             raise ValueError(
-                f"mae_dim is {self.mae_dim}; mae_heads {self.mae_heads} needs a multiple of {unit} "
-                f"(--mae-dim {near})"
+                f"mae_dim is {self.mae_dim}; mae_heads {self.mae_heads} needs a multiple of {unit}"
             )

@@ -14,7 +14,6 @@ from latentds_trainers.pretrain.config import (
     EPOCHS,
     GLOBAL_BATCH,
     LARGEST_BATCH,
-    LEAST_BATCH,
     MethodSettings,
     PretrainConfig,
     PretrainOptions,
@@ -93,44 +92,27 @@ def settle_batch(config: PretrainConfig, ranks: int) -> SizedConfig:
 
     raises  InputError where they do not divide, with what would
     """
-    wanted, batch = config.global_batch_size, config.batch_size
-    if wanted is not None and config.accumulation is not None:
+    images, batch, passes = config.global_batch_size, config.batch_size, config.accumulation
+    if images is not None and passes is not None:
         raise InputError(
-            f"accumulation {config.accumulation} follows from global_batch_size {wanted} and "
-            "batch_size; leave one of them"
+            f"accumulation {passes} follows from global_batch_size {images} and batch_size; leave "
+            "one of them"
         )
-    if wanted is None and (batch is not None or config.accumulation is not None):
-        batch, passes = batch or LARGEST_BATCH, config.accumulation or 1
-        wanted = batch * passes * ranks
-        return sized(config, images=wanted, batch=batch, passes=passes)
-    wanted = wanted or GLOBAL_BATCH
-    if wanted % ranks:
-        low = wanted // ranks * ranks
-        multiples = [str(size) for size in (low, low + ranks) if size > 0]
-        raise InputError(
-            f"global_batch_size {wanted} over {ranks} ranks leaves {wanted % ranks} images; take a "
-            f"multiple of {ranks}: {', '.join(multiples)}"
-        )
-    share = wanted // ranks
-    if batch is None:
-        batch = max(size for size in range(1, LARGEST_BATCH + 1) if share % size == 0)
-        if batch < LEAST_BATCH < share:
+    if images is None and (batch is not None or passes is not None):
+        batch, passes = batch or LARGEST_BATCH, passes or 1
+        images = batch * passes * ranks
+    else:
+        images, unit = images or GLOBAL_BATCH, (batch or 1) * ranks
+        if images % unit:
+            low = images // unit * unit
+            multiples = [str(size) for size in (low, low + unit) if size > 0]
             raise InputError(
-                f"global_batch_size {wanted} leaves {share} images to a rank, in which passes of "
-                f"at most {LARGEST_BATCH} would have {batch}; take a multiple of "
-                f"{LARGEST_BATCH * ranks}, or give --batch-size"
+                f"global_batch_size {images} is no multiple of {unit}, {ranks} ranks times "
+                f"batch_size {batch or 1}; take {' or '.join(multiples)}"
             )
-    if share % batch:
-        fitting = [size for size in range(1, share + 1) if share % size == 0]
-        near = sorted(sorted(fitting, key=lambda size: abs(size - batch))[:3])
-        raise InputError(
-            f"global_batch_size {wanted} is {share} images for each of {ranks} ranks, which "
-            f"batch_size {batch} does not divide; take batch_size {', '.join(map(str, near))}"
-        )
-    return sized(config, images=wanted, batch=batch, passes=share // batch)
-
-
-def sized(config: PretrainConfig, *, images: int, batch: int, passes: int) -> SizedConfig:
+        share = images // ranks
+        batch = batch or max(size for size in range(1, LARGEST_BATCH + 1) if share % size == 0)
+        passes = share // batch
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     batches = {"global_batch_size": images, "batch_size": batch, "accumulation": passes}
     return SizedConfig(**given | batches)

@@ -75,7 +75,7 @@ def test_a_damaged_weight_is_refused(folder):
     tensors = load_file(folder / WEIGHTS)
     tensors["encoder.layers.1.bias"][0] += 1
     save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(WeightsError, match=r"the tensors' latent_id is .*; damaged"):
+    with pytest.raises(WeightsError, match=r"the tensors hash to .*; damaged"):
         load_autoencoder(folder)
 
 

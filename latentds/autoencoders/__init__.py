@@ -101,14 +101,10 @@ def load_path(path: Path) -> NetworkAutoencoder:
     pair = find_pair(path)
     if pair:
         return load_pair(*pair)
-    halves = sorted(path.glob("*_[ed][en]coder.pth")) if path.is_dir() else []
-    if halves:
-        raise WeightsError(f"{halves[0]}: the other half of the pair (encoder, decoder) is missing")
-    if len(path.parts) > 1 and not path.exists():
-        raise WeightsError(f"{path}: no such folder of weights")
-    if path.exists():
+    if path.exists() or len(path.parts) > 1:
         raise WeightsError(
-            f"{path}: neither a diffusers folder (config.json), nor a DC-AE's (model.safetensors), "
-            "nor a codec (codec.json), nor a pair of *_encoder.pth and *_decoder.pth"
+            f"{path}: no weights there: neither a diffusers folder (config.json), nor a DC-AE's "
+            "(model.safetensors), nor a codec (codec.json), nor a pair of *_encoder.pth and "
+            "*_decoder.pth"
         )
     raise unknown_name("autoencoder", str(path), SHORT_NAMES)

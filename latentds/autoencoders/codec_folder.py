@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from latentds.autoencoders.autoencoder import (
 )
 from latentds.autoencoders.decoders import load_decoder, read_tensors, replace_decoder
 from latentds.autoencoders.foreign_networks import (
+    check_hash,
     is_count,
     is_identity,
     is_name,
@@ -41,7 +43,7 @@ from latentds.autoencoders.foreign_networks import (
 )
 from latentds.autoencoders.tiny import TinyDecoder, TinyEncoder, weights_folder
 from latentds.core.storage import write_together
-from latentds.errors import FormatError, WeightsError
+from latentds.errors import FormatError
 
 FORMAT = "latentds-codec/1"
 RECORD, WEIGHTS, TABLES = "codec.json", "weights.safetensors", "tables.safetensors"
@@ -64,34 +66,6 @@ CHECKS = {
     "attribution": lambda value: isinstance(value, list) and all(map(is_words, value)),
     "trained": is_object,
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CodecRecord:
-    """What a codec.json says.
-
-    name         of the autoencoder
-    channels     of the latents
-    widths       of the encoder, at a quarter and an eighth of the resolution
-    latent_id    what the latents mean
-    decoder_id   hash of the decoder
-    licence      of the weights
-    attribution  lines that the licences of the tiles ask for
-    trained      how: shares of the tiles, figures, options; JSON values, for people
-    """
-
-    name: str
-    channels: int
-    widths: tuple[int, int]
-    latent_id: str
-    decoder_id: str
-    licence: str
-    attribution: tuple[str, ...]
-    trained: dict[str, Any]
-
-    def to_json(self) -> str:
-        values = {"format": FORMAT} | dataclasses.asdict(self)
-        return json.dumps(values | {"factor": FACTOR}, indent=1) + "\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,24 +106,26 @@ def save_codec(
     state = {key: t.detach().cpu().half().contiguous() for key, t in parts.state_dict().items()}
     encoder = parts["encoder"]
     assert isinstance(encoder, TinyEncoder)
-    record = CodecRecord(
-        name=name,
-        channels=encoder.channels,
-        widths=encoder.widths,
-        licence=licence,
-        attribution=attribution,
-        trained=trained,
+    record = {
+        "format": FORMAT,
+        "name": name,
+        "channels": encoder.channels,
+        "widths": encoder.widths,
         **identities(state),
-    )
+        "licence": licence,
+        "attribution": attribution,
+        "trained": trained,
+        "factor": FACTOR,
+    }
     tables = {
         "counts": counts.counts_SCT.contiguous(),
         "steps": counts.steps_S.contiguous(),
         "gains": counts.gains_C.contiguous(),
     }
-    header = {"format": FORMAT, "latent_id": record.latent_id}
+    header = {"format": FORMAT, "latent_id": record["latent_id"]}
     folder.mkdir(parents=True, exist_ok=True)
     files = {WEIGHTS: save(state, header), TABLES: save(tables, header)}
-    files |= {RECORD: record.to_json().encode()}
+    files |= {RECORD: (json.dumps(record, indent=1) + "\n").encode()}
     write_together({folder / file: content for file, content in files.items()})
     return card_of(record)
 
@@ -167,16 +143,10 @@ def identities(state: dict[str, Tensor]) -> dict[str, str]:
     }
 
 
-def card_of(record: CodecRecord) -> AutoencoderCard:
-    return AutoencoderCard(
-        name=record.name,
-        class_name="Tiny",
-        channels=record.channels,
-        factor=FACTOR,
-        licence=record.licence,
-        latent_id=record.latent_id,
-        decoder_id=record.decoder_id,
-    )
+def card_of(record: Mapping[str, Any]) -> AutoencoderCard:
+    names = ("name", "channels", "licence", "latent_id", "decoder_id")
+    known = {name: record[name] for name in names}
+    return AutoencoderCard(class_name="Tiny", factor=FACTOR, **known)
 
 
 def load_codec(folder: Path) -> NetworkAutoencoder:
@@ -185,17 +155,12 @@ def load_codec(folder: Path) -> NetworkAutoencoder:
     raises  FormatError (no codec.json this version reads), WeightsError (weights that are damaged
             or do not fit)
     """
-    record = read_record(folder)
+    record = read_fields(folder / RECORD, FORMAT, CHECKS)
     with torch.device("meta"):
-        parts = build_parts(record.channels, record.widths)
-    state = read_tensors(folder / WEIGHTS, parts.state_dict(), record.latent_id)
-    found, stated = identities(state), dataclasses.asdict(record)
-    for name, identity in found.items():
-        if identity != stated[name]:
-            raise WeightsError(
-                f"{folder / WEIGHTS}: the tensors' {name} is {short(identity)}, {RECORD} says "
-                f"{short(stated[name])}; damaged, fetch or save the codec anew"
-            )
+        parts = build_parts(record["channels"], tuple(record["widths"]))
+    state = read_tensors(folder / WEIGHTS, parts.state_dict(), record["latent_id"])
+    for name, identity in identities(state).items():
+        check_hash(folder / WEIGHTS, identity, folder / RECORD, record[name])
     parts.load_state_dict(state, assign=True)
     decoder = parts["decoder"].to(memory_format=torch.channels_last)  # faster on CPUs, see tiny.py
     return NetworkAutoencoder(card_of(record), parts["encoder"], decoder)
@@ -206,23 +171,23 @@ def read_counts(folder: Path) -> SymbolCounts:
 
     raises  FormatError where they do not fit the codec, WeightsError where they cannot be read
     """
-    record, path = read_record(folder), folder / TABLES
+    record, path = read_fields(folder / RECORD, FORMAT, CHECKS), folder / TABLES
     with opened_tensors(path) as file:
         counts, steps, gains = (file.get_tensor(name) for name in ("counts", "steps", "gains"))
         stated = (file.metadata() or {}).get("latent_id")
-    shape = (len(steps), record.channels, 2 * LARGEST + 2)
+    shape = (len(steps), record["channels"], 2 * LARGEST + 2)
     kinds = (counts.dtype, steps.dtype, gains.dtype)
     is_fitting = counts.shape == shape and gains.shape == shape[1:2] and len(steps) <= MAX_STEPS
     if not is_fitting or kinds != (torch.int64, torch.float64, torch.float32):
         raise FormatError(
             f"{path}: counts {list(counts.shape)}, steps {list(steps.shape)}, gains "
-            f"{list(gains.shape)} of {kinds}; a codec of {record.channels} channels has "
+            f"{list(gains.shape)} of {kinds}; a codec of {record['channels']} channels has "
             f"{list(shape)}"
         )
-    if stated != record.latent_id:
+    if stated != record["latent_id"]:
         raise FormatError(
             f"{path}: counted on latents {short(str(stated))}, {RECORD} says "
-            f"{short(record.latent_id)}; the two files are not of one codec"
+            f"{short(record['latent_id'])}; the two files are not of one codec"
         )
     if not (steps > 0).all() or not (gains > 0).all() or (counts < 0).any():
         raise FormatError(f"{path}: steps and gains have to be positive, counts not negative")
@@ -231,14 +196,6 @@ def read_counts(folder: Path) -> SymbolCounts:
 
 def is_codec_folder(path: Path) -> bool:
     return (path / RECORD).is_file()
-
-
-def read_record(folder: Path) -> CodecRecord:
-    """What the codec.json of a folder says, every value checked; FormatError where it is none."""
-    fields = read_fields(folder / RECORD, FORMAT, CHECKS)
-    del fields["factor"]
-    lists = {name: tuple(fields[name]) for name in ("widths", "attribution")}
-    return CodecRecord(**(fields | lists))
 
 
 def load_embedded(card: AutoencoderCard) -> NetworkAutoencoder:

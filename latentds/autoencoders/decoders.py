@@ -329,14 +329,8 @@ BUILDERS: dict[str, Callable[[Mapping[str, Any], int, int], nn.Module]] = {
 class DecoderRecord:
     """What a decoder.json says.
 
-    name          of the decoder
     architecture  what `decoders.build` makes it from
     autoencoder   name of the autoencoder whose encoder makes the latents
-    latent_id     of the latents it reads
-    decoder_id    hash of its tensors
-    channels      of the latents
-    factor        pixels a latent cell, each way
-    licence       of the weights
     trained       how: JSON values, for people
     """
 

@@ -28,6 +28,7 @@ from latentds.autoencoders.foreign_networks import (
     check_bounded,
     check_placed,
     download,
+    load_tensors,
     login_hint,
 )
 from latentds.errors import WeightsError, first_words, missing_extra, unknown_name
@@ -234,14 +235,14 @@ def load_efficientvit(weights: Path, config: dict[str, Any]) -> nn.Module:
     is_given = any(key in known for key in config)
     options = config if is_given else efficientvit_keys.F32C32
     network = build_empty(network_class, options, weights.parent / CONFIG_FILE)
-    tensors = efficientvit_keys.read_converted(weights)
+    stored = load_tensors(weights)
     try:
-        check_placed(
-            network.state_dict(), {n: list(t.shape) for n, t in tensors.items()}, str(weights)
-        )
+        tensors = efficientvit_keys.convert(stored)
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        check_placed(network.state_dict(), shapes, "its tensors, renamed")
     except WeightsError as error:
         raise WeightsError(
-            f"{error}; of another DC-AE than f32c32 put diffusers' config.json beside it"
+            f"{weights}: {error}; of another DC-AE than f32c32 put diffusers' config.json beside it"
         ) from error
     network.load_state_dict(tensors, assign=True)
     module: nn.Module = network.float()

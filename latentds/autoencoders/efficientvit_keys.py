@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentds.autoencoders.foreign_networks import load_tensors, opened_tensors
+from latentds.autoencoders.foreign_networks import opened_tensors
 from latentds.errors import WeightsError
 
 WEIGHTS_FILE = "model.safetensors"  # what PyTorchModelHubMixin writes
@@ -90,15 +90,6 @@ def count_values(path: Path) -> int:
     """Numbers in a safetensors file, by its header; WeightsError where it is none."""
     with opened_tensors(path) as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-
-
-def read_converted(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file, named as AutoencoderDC names them."""
-    tensors = load_tensors(path)
-    try:
-        return convert(tensors)
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
 
 
 def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from latentds_trainers.engine.ranks import join_ranks, on_all_ranks
@@ -44,7 +44,7 @@ FACTOR = 8
 SHORTCUT_CROPS = 64
 SHORTCUT_STEP = 2**32 - 1  # whose crops no training step draws
 SAMPLES = 4
-MAY_CHANGE = ("tiles", "name", "licence")
+MAY_CHANGE = ("tiles", "name", "licence", "preset")  # no setting any more
 BETAS, DECAY = (0.9, 0.98), 1e-4
 EARLY_SHARE = 8  # one part in so many of the steps has the early rate weight
 
@@ -78,12 +78,11 @@ class TileTask:
         self, students: Mapping[str, nn.Module]
     ) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
         """What the engine takes of fast decoders."""
-
-        def adamw(student: nn.Module) -> torch.optim.AdamW:
-            lr = self.config.lr
-            return torch.optim.AdamW(student.parameters(), lr=lr, betas=BETAS, weight_decay=DECAY)
-
-        return {name: (student, adamw(student)) for name, student in students.items()}
+        options: dict[str, Any] = {"lr": self.config.lr, "betas": BETAS, "weight_decay": DECAY}
+        return {
+            name: (student, torch.optim.AdamW(student.parameters(), **options))
+            for name, student in students.items()
+        }
 
     def batch(self, step: int) -> Tensor:
         """Crops (B, 3, s, s) of a step."""
@@ -172,6 +171,7 @@ class CodecTask(TileTask):
     def rate_weight(self, step: int) -> float:
         """Of bits a pixel at this step."""
         config = self.config
+        assert config.rate_weight is not None  # it follows from the bytes
         is_early = step * EARLY_SHARE < config.steps
         return config.early_rate_weight if is_early else config.rate_weight
 

@@ -91,7 +91,7 @@ def test_a_branch_is_loaded_by_its_name(run, hub, tmp_path):
     branch = dataclasses.replace(PLAIN, revision="v2")
     publish_decoder(tmp_path / "second", branch, overwrite=True)
     assert load_decoder(f"{NAME}@v2").card.decoder_id == read_record(tmp_path / "second").decoder_id
-    assert load_decoder(NAME, revision="v2").card.name == "second"
+    assert load_decoder(f"{NAME}@v2").card.name == "second"
     assert load_decoder(NAME).card.name == "dcae-path"
 
 

@@ -39,20 +39,15 @@ def load_autoencoder(
     is_copy = "/" in given and Path(given).exists()  # of a repository, under its name
     name = given if is_copy else ALIASES.get(given, given)
     if name in CARDS:
-        return load_known(CARDS[name])
+        module, _, function = (CARDS[name].loader or FROM_HUB).partition(":")
+        loaded: NetworkAutoencoder = getattr(importlib.import_module(module), function)(CARDS[name])
+        return loaded
     folder = find_decoder_folder(name_or_path)
     if folder is not None:
         return load_completed(folder, encoder)
     if encoder is not None:
         raise ValueError(f"{name_or_path}: encoder= goes with a decoder's folder (decoder.json)")
     return load_path(Path(name_or_path))
-
-
-def load_known(card: AutoencoderCard) -> NetworkAutoencoder:
-    """The autoencoder of a card in CARDS, by the card's own loader."""
-    module, _, function = (card.loader or FROM_HUB).partition(":")
-    loaded: NetworkAutoencoder = getattr(importlib.import_module(module), function)(card)
-    return loaded
 
 
 def load_for_decoding(name_or_path: str | os.PathLike[str]) -> NetworkAutoencoder:

@@ -106,12 +106,13 @@ def save_codec(
     state = {key: t.detach().cpu().half().contiguous() for key, t in parts.state_dict().items()}
     encoder = parts["encoder"]
     assert isinstance(encoder, TinyEncoder)
+    own = identities(state)
     record = {
         "format": FORMAT,
         "name": name,
         "channels": encoder.channels,
         "widths": encoder.widths,
-        **identities(state),
+        **own,
         "licence": licence,
         "attribution": attribution,
         "trained": trained,
@@ -122,7 +123,7 @@ def save_codec(
         "steps": counts.steps_S.contiguous(),
         "gains": counts.gains_C.contiguous(),
     }
-    header = {"format": FORMAT, "latent_id": record["latent_id"]}
+    header = {"format": FORMAT, "latent_id": own["latent_id"]}
     folder.mkdir(parents=True, exist_ok=True)
     files = {WEIGHTS: save(state, header), TABLES: save(tables, header)}
     files |= {RECORD: (json.dumps(record, indent=1) + "\n").encode()}

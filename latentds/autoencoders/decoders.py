@@ -137,38 +137,33 @@ def is_hub_name(name: str | os.PathLike[str]) -> bool:
     return bool(HUB_NAME.fullmatch(str(name))) and not Path(name).exists()
 
 
-def load_decoder(
-    name_or_path: str | os.PathLike[str], revision: str | None = None
-) -> NetworkAutoencoder:
+def load_decoder(name_or_path: str | os.PathLike[str]) -> NetworkAutoencoder:
     """A decoder without an encoder, in fp32 on the CPU and in eval mode; `encode` raises.
 
     name_or_path  a decoder's folder, a run's folder, or ORG/NAME[@REVISION] on the Hub
-    revision      branch, tag or commit on the Hub
     raises        FileNotFoundError, FormatError (no decoder.json this version reads), WeightsError
                   (weights that cannot be fetched, are damaged or do not fit), UnknownNameError
     """
     folder = find_decoder_folder(name_or_path)
     if folder is not None:
         return load_folder(folder)
-    folder, repository, commit = fetch(name_or_path, (RECORD, WEIGHTS), revision)
+    folder, repository, commit = fetch(name_or_path, (RECORD, WEIGHTS))
     return load_folder(folder, repository=repository, revision=commit)
 
 
 def find_record(name_or_path: str | os.PathLike[str]) -> DecoderRecord:
     """What a decoder's decoder.json says, without its weights; raises as `load_decoder` does."""
     folder = find_decoder_folder(name_or_path)
-    return read_record(folder or fetch(name_or_path, (RECORD,), None)[0])
+    return read_record(folder or fetch(name_or_path, (RECORD,))[0])
 
 
-def fetch(
-    name: str | os.PathLike[str], files: Sequence[str], revision: str | None
-) -> tuple[Path, str, str | None]:
+def fetch(name: str | os.PathLike[str], files: Sequence[str]) -> tuple[Path, str, str | None]:
     """Files of a decoder on the Hub: their folder, the repository, the commit."""
     if not is_hub_name(name):
         raise FileNotFoundError(f"{name}: no {RECORD} there or in its {RUN_FOLDER}/")
-    repository, _, named = str(name).partition("@")
+    repository, _, revision = str(name).partition("@")
     advice = f"{repository} is no folder here either: pass a decoder's folder, or its Hub name."
-    folder, commit = download(repository, files, revision or named or None, advice)
+    folder, commit = download(repository, files, revision or None, advice)
     return folder, repository, commit
 
 

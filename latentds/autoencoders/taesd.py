@@ -92,9 +92,7 @@ def find_pair(path: Path) -> tuple[Path, Path] | None:
         decoders = [Path(str(p).replace("_encoder.pth", "_decoder.pth")) for p in encoders]
         pairs = [pair for pair in zip(encoders, decoders, strict=True) if pair[1].is_file()]
         if len(pairs) > 1:
-            names = ", ".join(
-                str(p.with_name(p.name.removesuffix("_encoder.pth"))) for p, _ in pairs
-            )
+            names = ", ".join(str(p).removesuffix("_encoder.pth") for p, _ in pairs)
             raise WeightsError(f"{path}: several pairs; pass one of {names}")
         return pairs[0] if pairs else None
     encoder, decoder = (Path(f"{path}_{part}.pth") for part in ("encoder", "decoder"))

@@ -25,7 +25,7 @@ from latentds.errors import ContractError, InputError, MissingExtraError
 
 pytest.importorskip("deepspeed")
 
-from latentds_trainers.engine import launching, training_log, wrapping
+from latentds_trainers.engine import training_log, wrapping
 from latentds_trainers.engine.checkpoints import complete_checkpoints
 from latentds_trainers.engine.training import TrainConfig
 
@@ -273,7 +273,7 @@ def test_an_option_newer_than_the_checkpoint_had_its_default(own_two_steps):
 
 def test_a_log_that_cannot_be_written_ends_the_run_after_its_checkpoint(tmp_path):
     (tmp_path / "samples").write_text("no folder")
-    with pytest.raises(InputError, match=r"step 2: the log in .* could not be written: .*samples"):
+    with pytest.raises(InputError, match="samples"):
         toy_recipe.train(ToyConfig(out=tmp_path, sample_every=2))
     assert names(tmp_path) == ["step-000002"]
 
@@ -333,12 +333,6 @@ def test_pictures_figures_and_the_config_are_written(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingExtraError, match="tensorboard is not installed"):
-        train(tmp_path, tensorboard=True)
-
-
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(MissingExtraError, match=r"deepspeed is not installed.*latentds\[train\]"):
@@ -348,19 +342,6 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
 def test_a_grid_pads_with_white():
     grid = training_log.picture_grid(torch.zeros(3, 3, 4, 4), gap=1)
     assert grid.shape == (9, 9, 3) and np.all(grid[5:, 5:] == 255) and np.all(grid[:4, :4] == 0)
-
-
-@pytest.mark.parametrize(
-    ("words", "kept"),
-    [
-        (["--local_rank=1", "--lr", "2"], ["--lr", "2"]),
-        (["--local-rank=0"], []),
-        (["--local_rank", "1", "--lr", "2"], ["--lr", "2"]),
-        (["--lr", "2"], ["--lr", "2"]),
-    ],
-)
-def test_the_launchers_local_rank_is_stripped(words, kept):
-    assert launching.without_local_rank(words) == kept
 
 
 @pytest.mark.parametrize(

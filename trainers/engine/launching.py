@@ -14,7 +14,6 @@ have not ended 30 s after the signal: a step and a checkpoint have to fit in.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -23,13 +22,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from latentds.core.display import say, start_logging
 from latentds.core.extras import check_extras
 from latentds.errors import LatentdsError
+
+if TYPE_CHECKING:
+    import psutil
 
 STOPPED = 128 + signal.SIGTERM  # exit code, as a shell tells it
 TELLING_S = 1.0  # what rank 0 has for telling an error, before a rank's end ends all
@@ -53,7 +54,8 @@ def launch(
     """
     from latentds.core.command_line import check_out, parse
 
-    words = without_local_rank(sys.argv[1:])
+    # DeepSpeed's launcher adds the rank to the arguments; LOCAL_RANK says the same.
+    words = [word for word in sys.argv[1:] if not re.match("--local[_-]rank=", word)]
     about, examples = parted(description or "")
     # The file that a launcher runs would stand there else.
     name = None if config.__module__ == "__main__" else config.__module__.removesuffix(".config")
@@ -95,13 +97,6 @@ def parted(docstring: str) -> tuple[str, list[str]]:
     return re.sub(r"\n{3,}", "\n\n", prose), examples.replace("\\\n", "").splitlines()
 
 
-def without_local_rank(words: Sequence[str]) -> list[str]:
-    """The arguments without the `--local_rank` that launchers add; LOCAL_RANK says the same."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--local_rank", "--local-rank", nargs="?")
-    return parser.parse_known_args(words)[1]
-
-
 def same_on_all_ranks(error: LatentdsError) -> LatentdsError:
     """The error, marked as one that every rank raises: only rank 0 tells it."""
     error.is_on_all_ranks = True  # type: ignore[attr-defined]
@@ -139,7 +134,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.has_signal = False
         self.launcher = deepspeed_launcher()
-        self.launchers_parent = parent_of(self.launcher) if self.launcher else None
+        self.launchers_parent = self.launcher and self.launcher.ppid()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -154,25 +149,23 @@ class StopRequest:
         self.has_signal = True
 
     def __bool__(self) -> bool:
-        if self.launcher and parent_of(self.launcher) != self.launchers_parent:
+        if self.launcher is None:
+            return self.has_signal
+        import psutil
+
+        try:
+            return self.has_signal or self.launcher.ppid() != self.launchers_parent
+        except psutil.NoSuchProcess:
             return True
-        return self.has_signal
 
 
-def deepspeed_launcher() -> int | None:
-    """Process number of DeepSpeed's node launcher, where it is this process's parent."""
+def deepspeed_launcher() -> psutil.Process | None:
+    """DeepSpeed's node launcher, where it is this process's parent."""
+    import psutil
+
+    parent = psutil.Process().parent()
     try:
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-    except OSError:  # no /proc: not Linux
+        is_launcher = parent is not None and "deepspeed.launcher.launch" in parent.cmdline()
+    except psutil.Error:  # another user's process
         return None
-    return os.getppid() if b"deepspeed.launcher.launch" in command else None
-
-
-def parent_of(process: int) -> int | None:
-    """Process number of a process's parent; None where the process is gone."""
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return None
-    found = re.search(r"^PPid:\s*(\d+)", status, re.MULTILINE)
-    return int(found[1]) if found else None
+    return parent if is_launcher else None

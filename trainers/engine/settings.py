@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import operator
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -58,11 +57,6 @@ class EngineOptions:
         )
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("precision bf16 needs zero_stage 1, 2 or 3; with 0, take autocast")
-
-    def is_late(self, saved_at: float) -> bool:
-        """Whether a checkpoint of that `time.monotonic()` is `save_minutes` old."""
-        minutes = self.save_minutes
-        return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

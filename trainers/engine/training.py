@@ -43,7 +43,7 @@ from latentds_trainers.engine.checkpoints import (
     write_checkpoint,
 )
 from latentds_trainers.engine.launching import STOPPED, StopRequest, launch, same_on_all_ranks
-from latentds_trainers.engine.ranks import failure_of, from_first, join_ranks
+from latentds_trainers.engine.ranks import from_first, join_ranks
 from latentds_trainers.engine.settings import TrainConfig, defaults, plain
 from latentds_trainers.engine.training_log import TrainingLog
 from latentds_trainers.engine.wrapping import WrappedNetwork
@@ -225,7 +225,8 @@ class Engine:
             for name, value in step_fn(self.step).items():
                 self.note(name, value)
         figures = {name: torch.stack(values).mean() for name, values in self.noted.items()}
-        is_late = self.is_first and self.config.is_late(self.saved_at)
+        minutes, age_s = self.config.save_minutes, time.monotonic() - self.saved_at
+        is_late = self.is_first and minutes is not None and age_s >= 60 * minutes
         asked = torch.tensor([is_late, bool(stop)], device=self.device).double()
         sums = torch.stack([*figures.values(), *asked])
         dist.all_reduce(sums)  # a rank's NaN is every rank's: all come to the same decision
@@ -279,26 +280,15 @@ class Engine:
             self.log.advance(figures)
         line = figures if self.step % config.log_every == 0 or is_saving else None
         if line is not None or images is not None:
-            self.write_logs(line, images)
+            from_first(lambda: self.write_logs(line, images))
 
     def write_logs(self, figures: dict[str, float] | None, images: Tensor | None) -> None:
-        """On rank 0, a log line and a picture. Collective; InputError on all ranks if it cannot."""
-
-        def write() -> None:
-            if self.log is not None and images is not None:
-                self.log.picture(self.step, images)
-            if self.log is not None and figures is not None:
-                self.log.write(self.step, figures)
-
-        failure = failure_of(write)
-        if failure is not None:
-            raise same_on_all_ranks(
-                InputError(
-                    f"step {self.step}: the log in {self.config.out} could not be written: "
-                    f"{failure}; {last_good(self.config.out)}. Make room and run the same command "
-                    "again"
-                )
-            )
+        """A picture and a log line, on rank 0."""
+        assert self.log is not None
+        if images is not None:
+            self.log.picture(self.step, images)
+        if figures is not None:
+            self.log.write(self.step, figures)
 
     def start_logs(self) -> None:
         """On rank 0, the folder's config.json and its log. Collective."""
@@ -323,6 +313,16 @@ class Engine:
             self.log.close()
             self.log = None
 
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint to go on from has to agree with."""
+        return {
+            "recipe": self.recipe,
+            "networks": self.names,
+            "config": plain(self.config),
+            "global_batch": self.global_batch,
+            "world_size": self.world_size,
+        }
+
     def state(self) -> RunState:
         """What a checkpoint of this moment says. Collective where there is a loader."""
         loader, bad_packs = None, ()
@@ -331,13 +331,9 @@ class Engine:
             if hasattr(self.loader, "gather_bad_packs"):
                 bad_packs = tuple(self.loader.gather_bad_packs())
         return RunState(
-            recipe=self.recipe,
+            **self.facts(),
             step=self.step,
             seconds=self.log.seconds if self.log else self.seconds,
-            world_size=self.world_size,
-            global_batch=self.global_batch,
-            networks=self.names,
-            config=plain(self.config),
             loader=loader,
             bad_packs=bad_packs,
             versions=package_versions(),
@@ -367,15 +363,7 @@ class Engine:
             if found is not None:
                 options = defaults(self.config) | found[1].config  # some may be newer than the run
                 found = found[0], dataclasses.replace(found[1], config=options)
-                wanted = dataclasses.replace(
-                    found[1],
-                    recipe=self.recipe,
-                    networks=self.names,
-                    config=plain(self.config),
-                    global_batch=self.global_batch,
-                    world_size=self.world_size,
-                )
-                check_same_run(*found, wanted, may_change)
+                check_same_run(*found, dataclasses.replace(found[1], **self.facts()), may_change)
             return found
 
         found: tuple[Path, RunState] | None = from_first(find)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from latentds.core.storage import write_atomically
-from latentds.errors import missing_extra
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,11 @@ class TrainingLog:
         self.path, self.images = out / "log.jsonl", images
         self.samples = out / "samples"
         cut_lines_beyond(self.path, step)
-        self.events = open_events(out / "tensorboard", step) if tensorboard else None
+        self.events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         self.progress = progress(total=steps, initial=step, desc="training", unit="step")
         self.started = time.perf_counter() - seconds
         self.last_step, self.last_seconds = step, seconds
@@ -94,26 +99,13 @@ def cut_lines_beyond(path: Path, step: int) -> None:
     write_atomically(path, b"".join(kept))
 
 
-def open_events(folder: Path, step: int) -> Any:
-    """TensorBoard's writer; MissingExtraError where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise missing_extra("tensorboard", "train") from error
-    return SummaryWriter(str(folder), purge_step=step + 1)
-
-
 def picture_grid(images: Tensor, gap: int = 2) -> np.ndarray:
     """Images (B, 3, H, W) in [0, 1] side by side on white, uint8 (rows, columns, 3)."""
-    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte()
-    tiles = pixels.permute(0, 2, 3, 1).numpy()
-    count, height, width = tiles.shape[:3]
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
-    grid = np.full(shape, 255, np.uint8)
-    for number, tile in enumerate(tiles):
-        top, left = divmod(number, columns)
-        y, x = top * (height + gap), left * (width + gap)
-        grid[y : y + height, x : x + width] = tile
-    return grid
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    blank = images.new_ones(rows * columns - len(images), *images.shape[1:])
+    tiles = functional.pad(torch.cat([images, blank]), (0, gap, 0, gap), value=1.0)
+    grid = tiles.reshape(rows, columns, *tiles.shape[1:]).permute(0, 3, 1, 4, 2)
+    pixels = grid.flatten(2, 3).flatten(0, 1)[:-gap, :-gap].detach().float().cpu().clamp(0, 1)
+    found: np.ndarray = (pixels * 255).round().byte().numpy()
+    return found

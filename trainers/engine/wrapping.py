@@ -65,12 +65,6 @@ def deepspeed_config(config: TrainConfig, universal: bool, parameters: int) -> d
     }
 
 
-def count_parameters(network: nn.Module) -> int:
-    """Trained numbers of a network; ZeRO 3 may have split them already."""
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return sum(int(getattr(p, "ds_numel", p.numel())) for p in trained)
-
-
 class Host(nn.Module):
     """What DeepSpeed takes for the network: its forward hands back a loss computed elsewhere.
 
@@ -101,13 +95,15 @@ class WrappedNetwork:
         self.config, self.network = config, network
         self.lrs = [float(group["lr"]) for group in optimizer.param_groups if group["params"]]
         self.norm = 0.0
+        trained = [p for p in network.parameters() if p.requires_grad]
+        count = sum(int(getattr(p, "ds_numel", p.numel())) for p in trained)  # ZeRO 3 splits some
         for parameter in network.parameters():  # DeepSpeed cannot broadcast channels-last ones
             parameter.data = parameter.data.contiguous()
         self.engine, _, _, _ = load_deepspeed().initialize(
             model=Host(network),
             model_parameters=[p for group in optimizer.param_groups for p in group["params"]],
             optimizer=optimizer,
-            config=deepspeed_config(config, universal, count_parameters(network)),
+            config=deepspeed_config(config, universal, count),
             dist_init_required=False,
         )
         writer = self.engine.checkpoint_engine
@@ -156,20 +152,13 @@ class WrappedNetwork:
             state = self.network.state_dict()
             copies = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         if self.config.precision == "bf16":
-            copies |= self.masters()
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            for name, parameter in self.network.named_parameters(remove_duplicate=False):
+                master = safe_get_full_fp32_param(parameter)
+                if master is not None:
+                    copies[name] = master.detach().cpu().clone()
         return copies
-
-    def masters(self) -> dict[str, Tensor]:
-        """The optimizer's float32 weights on the CPU, by name. Collective."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        named = self.network.named_parameters(remove_duplicate=False)
-        found = {name: safe_get_full_fp32_param(parameter) for name, parameter in named}
-        return {
-            name: tensor.detach().cpu().clone()
-            for name, tensor in found.items()
-            if tensor is not None
-        }
 
     def noting_failures(self, save: Callable[..., None]) -> Callable[..., None]:
         """DeepSpeed's writing of a file, whose failure is noted instead of raised.

@@ -21,10 +21,10 @@ class Colours(torch.nn.Module):
 
 def save_figures(data: Path, out: Path) -> None:
     """What this rank found, saved as OUT/RANK.json."""
-    from latentds_trainers.pretrain.config import ProbeConfig
+    from latentds_trainers.pretrain.config import PretrainConfig
     from latentds_trainers.pretrain.probe import Probe
 
-    config = ProbeConfig(probe=data, probe_neighbours=3)
+    config = PretrainConfig(out=out, data=("in",), probe=str(data), probe_neighbours=3)
     figures = Probe(config, torch.device("cpu"))(Colours(), lambda images: images)
     (out / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(figures))
     torch.distributed.barrier()

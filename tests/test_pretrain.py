@@ -12,6 +12,7 @@ import torch
 import latentds
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
+from latentds.embedders.backbone_record import read_record
 from latentds.embedders.latent_backbone import load_latent_backbone
 from latentds.errors import ContractError, InputError
 from latentds.store.reader import ShardSet
@@ -64,6 +65,9 @@ def test_the_exported_backbone_is_the_teacher_of_the_last_checkpoint(dino_run):
     name = "patch_embed.proj.weight"
     assert torch.equal(network.state_dict()[name], saved[f"network.teacher.backbone.{name}"])
     assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 64)
+    trained = read_record(dino_run / "backbone").trained
+    assert trained["recipe"] == "pretrain" and trained["method"] == "dino"
+    assert trained["versions"]["torch"] == version("torch")
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -304,13 +303,3 @@ def test_features_of_a_data_set_are_made_by_its_folder(folder, tmp_path):
     (path,) = (tmp_path / "f").rglob("features_*/*.h5")
     with h5py.File(path) as file:
         assert file["features"].shape[-2:] == (2, 64)
-
-
-def test_the_recipe_notes_versions_and_method(backbone, tmp_path):
-    pytest.importorskip("deepspeed")
-    from latentds_trainers.pretrain.task import export_backbone
-
-    folder = export_backbone(tmp_path / "b", backbone, arch=ARCH, record=TRAINED)
-    trained = read_record(folder).trained
-    assert trained["recipe"] == "pretrain" and trained["method"] == "dino"
-    assert trained["versions"]["torch"] == version("torch")

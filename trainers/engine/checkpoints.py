@@ -96,13 +96,13 @@ def check_same_run(
                 f"{folder} is a checkpoint of {name} {getattr(found, name)}, not of "
                 f"{getattr(wanted, name)}; {remedy}"
             )
-    for name in sorted(set(found.config) | set(wanted.config)):
-        old, new = found.config.get(name), wanted.config.get(name)
-        if name not in MAY_CHANGE and name not in may_change and old != new:
-            raise ContractError(
-                f"{folder} was made with {name} {old!r}, this run has {new!r}; set it back, or "
-                f"{remedy}"
-            )
+    names = sorted({*found.config, *wanted.config} - {*MAY_CHANGE, *may_change})
+    pairs = [(name, found.config.get(name), wanted.config.get(name)) for name in names]
+    others = [f"{name} {old!r}, this run has {new!r}" for name, old, new in pairs if old != new]
+    if others:
+        raise ContractError(
+            f"{folder} was made with {'; with '.join(others)}; set this back, or {remedy}"
+        )
     if found.global_batch != wanted.global_batch:
         raise ContractError(
             f"{folder} was made with {found.global_batch} images a step on {found.world_size} "

@@ -25,32 +25,7 @@ SUM_TOLERANCE = 1e-6  # of weights that sum to 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """What a pretraining's settings inherit; it calls `ProbeConfig.__post_init__` in its own."""
-
-    probe: str | None = None
-    """Labelled data set, or originals in class folders, to probe during training by nearest
-    neighbours and a linear probe. The train split is fitted to and the test split scored; without a
-    test split, a fifth of the groups is held out."""
-    probe_groups: Path | None = None
-    """CSV of the probe's groups, which stay together: a column slide, source, bag or path, and one
-    of group, patient, case_id or tma_core. By default TCGA patients, or slides if they are
-    known."""
-    probe_decoder: str | None = None
-    """Decoder of the probe's latents, instead of the recorded one."""
-    probe_patches: int = 4096
-    """Patches of the probe at most, always the same: half to fit to, half to score."""
-    probe_neighbours: int = 20
-    """Nearest neighbours that vote."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, {"probe_patches": 4, "probe_neighbours": 1})
-        if self.probe is None:
-            refuse_given(self, ("probe_groups", "probe_decoder"), "needs a --probe")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainOptions(CutOptions, ProbeConfig, EngineOptions):
+class PretrainOptions(CutOptions, EngineOptions):
     """What a pretraining's settings and what they come to have in common."""
 
     data: tuple[str, ...] = ()
@@ -126,6 +101,18 @@ class PretrainOptions(CutOptions, ProbeConfig, EngineOptions):
     """Turn crops by right angles."""
     stain: float | None = None
     """Strength of stain changes: 0 for none, 0.1 for a tenth more or less of each stain."""
+    probe: str | None = None
+    """Labelled data set, or originals in class folders, to probe during training by nearest
+    neighbours and a linear probe. The train split is fitted to and the test split scored; without a
+    test split, a fifth of the groups is held out."""
+    probe_groups: Path | None = None
+    """CSV of the probe's groups, which stay together: a column slide, source, bag or path, and one
+    of group, patient, case_id or tma_core. By default TCGA patients, or slides if they are
+    known."""
+    probe_patches: int = 4096
+    """Patches of the probe at most, always the same: half to fit to, half to score."""
+    probe_neighbours: int = 20
+    """Nearest neighbours that vote."""
     probe_every: int | None = None
     """Steps between probes, a multiple of --save-every; by default every checkpoint."""
 
@@ -160,19 +147,11 @@ class MethodSettings:
     def __post_init__(self) -> None:
         check_ranges(
             self,
-            {"base_images": 1, "out_dim": 0},
+            {"out_dim": 0},
             positive=("base_lr", "layer_decay"),
             not_negative=("min_lr", "stem_lr", "weight_decay", "weight_decay_end"),
             shares=("momentum", "drop_path", "beta2"),
         )
-
-    def check_rate(self, lr: float, schedule: str) -> None:
-        """ValueError for a learning rate that would rise to its end."""
-        if schedule == "cosine" and lr < self.min_lr:
-            raise ValueError(
-                f"lr is {lr:g} and min_lr {self.min_lr:g}: the cosine would rise; a --min-lr of "
-                f"{lr:g} at most"
-            )
 
 
 # dino: main_dino.py of facebookresearch/dino (Caron et al. 2021), its advice for ViT-S included.
@@ -222,8 +201,6 @@ class PretrainConfig(PretrainOptions):
     batch_size: int | None = None
     """Images of a rank in one forward pass; by default, with --global-batch-size, the largest
     divisor of a rank's share up to 64."""
-    accumulation: int | None = None
-    """Forward passes of a step without --global-batch-size, from which they follow otherwise."""
     epochs: int | None = None
     """Passes over the patches; 100 unless this or --steps is given."""
     steps: int | None = None
@@ -231,9 +208,7 @@ class PretrainConfig(PretrainOptions):
     lr: float | None = None
     """Learning rate after the warm-up, instead of --base-lr."""
     base_lr: float | None = None
-    """Learning rate at --base-images images a step."""
-    base_images: int | None = None
-    """Images a step to which --base-lr refers."""
+    """Learning rate at 256 images a step (dinov2: at 1,024)."""
     lr_rule: Literal["linear", "sqrt"] | None = None
     """Growth of the learning rate with the images of a step: in proportion, or as their root."""
     min_lr: float | None = None
@@ -272,7 +247,6 @@ class PretrainConfig(PretrainOptions):
     """Edge of the global crops in pixels (with --input latents: in pixels that the cells cover)."""
 
     def __post_init__(self) -> None:
-        ProbeConfig.__post_init__(self)
         EngineOptions.__post_init__(self)
         self.check_inputs()
         self.check_weights()
@@ -316,11 +290,10 @@ class PretrainConfig(PretrainOptions):
         least |= dict.fromkeys(("mae_dim", "mae_depth", "mae_heads"), 1)
         least |= dict.fromkeys(("locals", "keep_mb", "num_workers", "max_bad"), 0)
         least |= dict.fromkeys(("teacher_temp_steps", "freeze_last_steps"), 0)
+        least |= {"probe_patches": 4, "probe_neighbours": 1}
         temperatures = ("teacher_temp", "teacher_temp_start")
         check_ranges(self, least, positive=temperatures, shares=("momentum_end", "mask_ratio"))
-        settings = self.settings  # refuses what cannot be
-        if self.lr is not None:
-            settings.check_rate(self.lr, self.schedule)
+        _ = self.settings  # refuses what cannot be
 
     def check_choices(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -338,8 +311,8 @@ class PretrainConfig(PretrainOptions):
         if self.input == "latents":
             names = ("sample_every", "global_scale", "local_scale", "stain")
             refuse_given(self, names, "belongs to pictures; leave it out with --input latents")
-        if self.probe is None and self.probe_every is not None:
-            raise ValueError("--probe-every needs a --probe")
+        if self.probe is None:
+            refuse_given(self, ("probe_groups", "probe_every"), "needs a --probe")
         if self.probe_every is not None and self.probe_every % self.save_every:
             raise ValueError(
                 f"probe_every is {self.probe_every}, no multiple of save_every {self.save_every}"

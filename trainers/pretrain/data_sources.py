@@ -64,6 +64,7 @@ def open_originals(config: SizedConfig, device: torch.device, rank: int, ranks: 
         )
     )
     if config.paired_with is None:
+        check_filled(str(config.originals), len(patches), config.global_batch_size)
         order: OwnOrder | SetOrder = OwnOrder(
             patches=len(patches), global_batch=config.global_batch_size,
             rank=rank, ranks=ranks, seed=config.seed,
@@ -77,9 +78,9 @@ def open_originals(config: SizedConfig, device: torch.device, rank: int, ranks: 
         where = str(config.originals)
         order, count = SetOrder(dataset, rows_of_set(dataset, patches, where)), dataset.patches
     found = patches.facts().to_json()
-    facts = {"source": found["name"], **{name: found[name] for name in ("kind", "codec")}}
-    facts |= {"bytes_per_patch": found["bytes_per_patch"], "patch_px": found["patch_px"]}
-    feed = PatchSetFeed(patches, order, device, facts | {"patches": count})
+    told = {name: found[name] for name in ("kind", "codec", "bytes_per_patch", "patch_px")}
+    facts = {"source": found["name"], **told, "patches": count}
+    feed = PatchSetFeed(patches, order, device, facts)
     parts = [patches.fingerprint(), found["name"], paired_id]
     codebook_id = found["codebook"].get("codebook_id")
     data_id = digest_of([*parts, codebook_id] if codebook_id else parts)
@@ -173,17 +174,21 @@ def order_settings(
             raise unknown_name(f"split of {shards.folder}", config.split, splits)
         counts.append(shards.manifest.splits[config.split])
     size = config.global_batch_size
-    if sum(counts) < size:
-        names = ", ".join(shards.folder for shards in sets)
-        raise InputError(
-            f"{names}: {sum(counts):,} patches of split {config.split!r} end before one step of "
-            f"{size:,} is filled; a smaller --global-batch-size"
-        )
+    check_filled(", ".join(shards.folder for shards in sets), sum(counts), size)
     return {
         "shuffle": True,
         "seed": config.seed,
         "order": Order(global_batch_size=size, last="drop", rank=rank, world_size=ranks),
     }
+
+
+def check_filled(names: str, patches: int, global_batch: int) -> None:
+    """InputError where all the patches together do not fill a step."""
+    if patches < global_batch:
+        raise InputError(
+            f"{names}: {patches:,} patches end before one step of {global_batch:,} is filled; a "
+            "smaller --global-batch-size"
+        )
 
 
 def weights_of(config: SizedConfig, sets: Sequence[ShardSet]) -> list[float]:

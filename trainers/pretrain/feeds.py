@@ -86,8 +86,6 @@ class OwnOrder:
     """A permutation of N patches an epoch; what does not fill a last step is left out of it.
 
     A pure function of the step; `record` is its identity, without the place.
-
-    raises  InputError for fewer patches than a step takes
     """
 
     patches: int
@@ -95,13 +93,6 @@ class OwnOrder:
     rank: int
     ranks: int
     seed: int
-
-    def __post_init__(self) -> None:
-        if self.patches < self.global_batch:
-            raise InputError(
-                f"{self.patches} patches end before one step of {self.global_batch} is filled; a "
-                "smaller --global-batch-size"
-            )
 
     @property
     def steps(self) -> int:

@@ -18,22 +18,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from latentds_trainers.engine.ranks import from_first, gathered, on_all_ranks
-from latentds_trainers.pretrain.config import ProbeConfig
+from latentds_trainers.pretrain.config import PretrainOptions
 from torch import Tensor, nn
 
 from latentds.embedders.latent_stem import LatentStemConfig, check_cells, timm_arguments
-from latentds.errors import InputError, ShapeError
+from latentds.errors import InputError
 from latentds.evaluation.folds import SPLIT_WORDS, Fold, check_disjoint, stratified_group_folds
 from latentds.evaluation.groups import groups_of, own_groups
 from latentds.evaluation.patchsets.open_patch_sets import open_patches, open_undecoded
 from latentds.evaluation.patchsets.patch_set import PatchInput, PatchTable
 from latentds.evaluation.patchsets.patches import PatchSet
-from latentds.evaluation.probes import (
-    FittedProbe,
-    linear_probe,
-    load_scikit_learn,
-    nearest_neighbours,
-)
+from latentds.evaluation.probes import linear_probe, load_scikit_learn, nearest_neighbours
 from latentds.evaluation.scores import classification_scores
 from latentds.sources.slide_names import some
 
@@ -41,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 BATCH = 64  # patches embedded at once
 SCORES = ("accuracy", "balanced_accuracy")
-FOLDS = 5  # a fifth of the groups is held out where there is no test split
+FOLDS = 5  # parts of the groups, one held out without a test split; fewer where a class has fewer
 SEED = 0  # not the run's: runs with other seeds are probed on the same patches
 
 
@@ -67,40 +62,33 @@ class Probe:
 
     config  the run's settings, with a `probe`
     stem    of a backbone that reads latents: the probe's latents are normalized as it has them
-    arch    timm's name of the backbone, to tell at once where latents are no whole tokens of it
     facts   for the run's record: data, classes, numbers of patches, rules
     raises  InputError for a set without labels, a test split with a class that is never fitted to,
-            a patient or slide in both splits, too few patches or groups, originals or a decoder
-            where latents are wanted; ContractError for other latents than the stem's; ShapeError
-            for latents that are no whole tokens; MissingExtraError. Making one meets no other rank.
+            a patient or slide in both splits, too few patches or groups, originals where latents
+            are wanted; ContractError for other latents than the stem's; ShapeError for latents that
+            are no whole tokens; MissingExtraError. Making one meets no other rank.
     """
 
     def __init__(
         self,
-        config: ProbeConfig,
+        config: PretrainOptions,
         device: torch.device,
         stem: LatentStemConfig | None = None,
-        arch: str | None = None,
     ) -> None:
         load_scikit_learn()
         assert config.probe is not None
         self.device, self.neighbours, self.has_stem = device, config.probe_neighbours, bool(stem)
         self.where = config.probe
-        settings = PatchInput(
-            data=Path(config.probe), decoder=config.probe_decoder, device=str(device)
-        )
+        settings = PatchInput(data=Path(config.probe), device=str(device))
         self.patches: PatchSet
         if stem is None:
             self.patches = open_patches(settings)
         else:
-            if config.probe_decoder is not None:
-                raise InputError(
-                    f"--probe-decoder {config.probe_decoder}: the backbone reads latents, nothing "
-                    "is decoded; leave it"
-                )
             opened = open_undecoded(settings, stem=stem)
             self.patches = opened.patches
-            check_tokens(config.probe, opened.cells, stem, arch)
+            arguments = timm_arguments(config.arch, stem)
+            if arguments is not None:  # else a cell is a token, or several
+                check_cells(config.arch, arguments["patch_size"], opened.cells)
         self.rows = choose_rows(self.patches, config)
         self.facts = {
             "data": Path(config.probe).name,
@@ -117,21 +105,16 @@ class Probe:
     ) -> dict[str, float]:
         """Accuracy and balanced accuracy of both probes, the same on every rank. Collective.
 
-        backbone  on the device; embeddings (B, D) of its input
+        backbone  on the device, in eval mode; embeddings (B, D) of its input
         prepare   pictures float (B, 3, H, W) in [0, 1] to the backbone's input; latents go in as
                   they are, normalized by the stem
         returns   knn_accuracy, knn_balanced_accuracy, linear_accuracy, linear_balanced_accuracy
-        raises    InputError for features that are not finite, ShapeError for a backbone that gives
-                  no vectors, what reading a patch raises; on every rank
+        raises    InputError for features that are not finite, what reading a patch raises; on every
+                  rank
         """
-        was_training = backbone.training
-        backbone.eval()
         rows = np.sort(np.concatenate([self.rows.fit, self.rows.score]))
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        try:
-            own = on_all_ranks(lambda: self.embed(rows[rank::ranks], backbone, prepare))
-        finally:
-            backbone.train(was_training)
+        own = on_all_ranks(lambda: self.embed(rows[rank::ranks], backbone, prepare))
         parts = gathered(own)
         return dict(from_first(lambda: self.score(rows, parts)))
 
@@ -144,11 +127,6 @@ class Probe:
         for part in self.patches.stream(batches):
             values = part.to(self.device)
             features = backbone(values if self.has_stem else prepare(values.float() / 255))
-            if features.ndim != 2 or len(features) != len(part):
-                raise ShapeError(
-                    f"--probe: the backbone gives {tuple(features.shape)} for {len(part)} patches; "
-                    "one vector a patch is wanted"
-                )
             found.append(features.float().cpu().numpy())
         return np.concatenate(found) if found else np.empty((0, 0), np.float32)
 
@@ -168,40 +146,25 @@ class Probe:
         labels = chosen.labels[chosen.fit]
         # Features of a network that has just begun are small: UNI's penalty would hold all at 0.
         options: dict[str, Any] = {"penalty": "squared", "standardize": True}
-        found = {
+        fits = {
             "knn": nearest_neighbours(
                 fit, labels, scored, len(classes), neighbours=self.neighbours
             ),
             "linear": linear_probe(fit, labels, scored, len(classes), **options),
         }
-        return {
-            f"{name}_{score}": value
-            for name, fitted in found.items()
-            for score, value in self.figures(name, fitted).items()
-        }
-
-    def figures(self, name: str, fitted: FittedProbe) -> dict[str, float]:
-        if fitted.remark:
-            logger.warning("%s probe: %s", name, fitted.remark)
-        labels = self.rows.labels[self.rows.score]
-        values = classification_scores(labels, fitted.probabilities, self.rows.classes).values
-        return {score: float(value) for score in SCORES if (value := values[score]) is not None}
+        figures = {}
+        for name, fitted in fits.items():
+            if fitted.remark:
+                logger.warning("%s probe: %s", name, fitted.remark)
+            wanted = chosen.labels[chosen.score]
+            values = classification_scores(wanted, fitted.probabilities, classes).values
+            for score in SCORES:
+                if (value := values[score]) is not None:
+                    figures[f"{name}_{score}"] = float(value)
+        return figures
 
 
-def check_tokens(
-    where: str, cells: tuple[int, int], stem: LatentStemConfig, arch: str | None
-) -> None:
-    """ShapeError where (h, w) cells are no whole number of the backbone's tokens."""
-    arguments = timm_arguments(arch, stem) if arch is not None else None
-    if arch is None or arguments is None:  # a cell is a token, or several
-        return
-    try:
-        check_cells(arch, arguments["patch_size"], cells)
-    except ShapeError as error:
-        raise ShapeError(f"--probe {where}: {error}") from error
-
-
-def choose_rows(patches: PatchSet, config: ProbeConfig) -> ProbeRows:
+def choose_rows(patches: PatchSet, config: PretrainOptions) -> ProbeRows:
     """The patches that are fitted to and scored, at most so many of each."""
     table, where = patches.table, f"--probe {config.probe}"
     remedy = "give a set that was converted with labels, or class folders"
@@ -230,23 +193,23 @@ def choose_rows(patches: PatchSet, config: ProbeConfig) -> ProbeRows:
 
 
 def find_fold(
-    table: PatchTable, names: list[str], groups: list[str], config: ProbeConfig
+    table: PatchTable, names: list[str], groups: list[str], config: PretrainOptions
 ) -> tuple[Fold, str]:
     """What to fit to and what to score, and the rule in words."""
     where = f"--probe {config.probe}"
     words = np.array([SPLIT_WORDS.get(name.strip().lower(), "") for name in table.splits])
-    test = np.flatnonzero(words == "test")
+    train, test = (np.flatnonzero(words == part) for part in ("train", "test"))
+    if len(test) and not len(train):
+        raise InputError(f"{where}: a test split and no train split; one to fit to is wanted")
     if len(test):
-        train = np.flatnonzero(words == "train")
-        if not len(train):
-            raise InputError(f"{where}: a test split and no train split; one to fit to is wanted")
         return Fold(train, np.empty(0, np.int64), test), "its train and test splits"
-    labels = np.unique(names, return_inverse=True)[1]
+    labels, own = np.unique(names, return_inverse=True)[1], np.asarray(groups, str)
+    least = min(len(np.unique(own[labels == number])) for number in np.unique(labels))
     try:
         folds = stratified_group_folds(
             labels,
             groups,
-            folds=hold_out_folds(labels, groups),
+            folds=max(2, min(FOLDS, least)),
             seed=SEED,
             val=False,
             classes=sorted(set(names)),
@@ -256,26 +219,13 @@ def find_fold(
     return folds[0], f"a held-out part in {len(folds)} of its groups, no test split"
 
 
-def check_apart(fold: Fold, table: PatchTable, groups: list[str], config: ProbeConfig) -> None:
+def check_apart(fold: Fold, table: PatchTable, groups: list[str], config: PretrainOptions) -> None:
     """Refuse patients or slides, or groups of the user's table, that are on both sides."""
-    where, own = f"--probe {config.probe}", groups
+    own = groups
     if config.probe_groups is None:  # items are told apart by their rows: names may come twice
         kinds = own_groups(table.slides, table.sources, table.patients)
         own = [f"item {row}" if kind == "item" else name for row, (kind, name) in enumerate(kinds)]
-    try:
-        check_disjoint([fold], own, where)
-    except InputError as error:
-        raise InputError(
-            f"{error}; convert it with splits that keep them apart, or say in --probe-groups what "
-            "belongs together"
-        ) from error
-
-
-def hold_out_folds(labels: np.ndarray, groups: Sequence[str]) -> int:
-    """In how many parts the groups are cut: five, fewer where a class has fewer groups."""
-    own = np.asarray(groups, str)
-    least = min(len(np.unique(own[labels == number])) for number in np.unique(labels))
-    return max(2, min(FOLDS, least))
+    check_disjoint([fold], own, f"--probe {config.probe}, whose splits have to keep groups apart")
 
 
 def check_classes(names: list[str], fold: Fold, classes: list[str], where: str) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from latentds_trainers.engine.checkpoints import read_newest
-from latentds_trainers.engine.settings import TrainConfig, defaults, plain
+from latentds_trainers.engine.settings import TrainConfig
 from latentds_trainers.pretrain.config import (
     EPOCHS,
     GLOBAL_BATCH,
@@ -19,7 +17,6 @@ from latentds_trainers.pretrain.config import (
     PretrainOptions,
 )
 
-from latentds.autoencoders.autoencoder import short
 from latentds.errors import ContractError, InputError
 
 RECIPE = "pretrain"
@@ -54,7 +51,11 @@ class RunConfig(PretrainOptions, MethodSettings, TrainConfig):
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        self.check_rate(self.lr, self.schedule)
+        if self.schedule == "cosine" and self.lr < self.min_lr:
+            raise ValueError(
+                f"lr is {self.lr:g} and min_lr {self.min_lr:g}: the cosine would rise; a --min-lr "
+                f"of {self.lr:g} at most"
+            )
 
     def lr_share(self, step: int) -> float:
         """Share of `lr` that a step takes: a linear rise, then half a cosine down to min_lr."""
@@ -77,10 +78,6 @@ class RunConfig(PretrainOptions, MethodSettings, TrainConfig):
         start, end, steps = self.teacher_temp_start, self.teacher_temp, self.teacher_temp_steps
         return end if step >= steps else start + (end - start) * step / steps
 
-    def is_last_frozen(self, step: int) -> bool:
-        """Whether the heads' last layers stay as they are."""
-        return step < self.freeze_last_steps
-
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:
     """Half a cosine from the value of step 0 to the one after the last step."""
@@ -92,29 +89,21 @@ def settle_batch(config: PretrainConfig, ranks: int) -> SizedConfig:
 
     raises  InputError where they do not divide, with what would
     """
-    images, batch, passes = config.global_batch_size, config.batch_size, config.accumulation
-    if images is not None and passes is not None:
+    images, batch = config.global_batch_size, config.batch_size
+    if images is None:
+        images = GLOBAL_BATCH if batch is None else batch * ranks
+    unit = (batch or 1) * ranks
+    if images % unit:
+        low = images // unit * unit
+        multiples = [str(size) for size in (low, low + unit) if size > 0]
         raise InputError(
-            f"accumulation {passes} follows from global_batch_size {images} and batch_size; leave "
-            "one of them"
+            f"global_batch_size {images} is no multiple of {unit}, {ranks} ranks times "
+            f"batch_size {batch or 1}; take {' or '.join(multiples)}"
         )
-    if images is None and (batch is not None or passes is not None):
-        batch, passes = batch or LARGEST_BATCH, passes or 1
-        images = batch * passes * ranks
-    else:
-        images, unit = images or GLOBAL_BATCH, (batch or 1) * ranks
-        if images % unit:
-            low = images // unit * unit
-            multiples = [str(size) for size in (low, low + unit) if size > 0]
-            raise InputError(
-                f"global_batch_size {images} is no multiple of {unit}, {ranks} ranks times "
-                f"batch_size {batch or 1}; take {' or '.join(multiples)}"
-            )
-        share = images // ranks
-        batch = batch or max(size for size in range(1, LARGEST_BATCH + 1) if share % size == 0)
-        passes = share // batch
+    share = images // ranks
+    batch = batch or max(size for size in range(1, LARGEST_BATCH + 1) if share % size == 0)
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    batches = {"global_batch_size": images, "batch_size": batch, "accumulation": passes}
+    batches = {"global_batch_size": images, "batch_size": batch, "accumulation": share // batch}
     return SizedConfig(**given | batches)
 
 
@@ -165,53 +154,21 @@ def scaled_lr(images: int, settings: MethodSettings) -> float:
     return settings.base_lr * (ratio if settings.lr_rule == "linear" else math.sqrt(ratio))
 
 
-def check_before(config: RunConfig) -> None:
-    """ContractError where OUT holds another run, naming first what makes it another."""
-    found = read_newest(config.out)
-    if found is None or found[1].recipe != RECIPE:
-        return  # the engine tells of another recipe
-    folder, before = found[0], defaults(config) | found[1].config
-    own = plain(config)
-    same = ("method", "arch", "input", "weights", "global_batch_size")
-    names = {name: name for name in same} | {"data_id": "data", "decoder_ids": "decoder"}
-    pairs = [(shown, before.get(name), own[name]) for name, shown in names.items()]
-    views = {name: record["views_record"] for name, record in (("old", before), ("new", own))}
-    pairs += [
-        (f"views' {name}", views["old"].get(name), views["new"].get(name))
-        for name in sorted(views["old"].keys() | views["new"].keys())
-    ]
-    for shown, old, new in pairs:
-        if old != new:
-            if shown == "data":
-                old, new = (f"{where['data'] or where['originals']}" for where in (before, own))
-                shown, new = "the patches of", f"others in {new}"
-            if shown == "decoder":
-                old, new = (told_decoder(where) for where in (before, own))
-            raise ContractError(
-                f"{folder} was made with {shown} {old}, this run has {new}; set it back, or give "
-                "this run another --out"
-            )
-    check_steps(folder, before, config)
-
-
-def told_decoder(settings: Mapping[str, Any]) -> str:
-    """What decodes a run's sets: as it was given, and the weights' identities."""
-    given = " ".join(settings["decoder"]) or "as recorded"
-    known = dict.fromkeys(short(identity) for identity in settings["decoder_ids"])
-    return f"{given} ({', '.join(known)})"
-
-
-def check_steps(folder: Path, before: Mapping[str, Any], config: RunConfig) -> None:
-    """ContractError for another number of steps where schedules run to the last one."""
+def check_steps(config: RunConfig) -> None:
+    """ContractError for a checkpoint of another number of steps where schedules run to the last."""
     ends = {
         "the learning rate": config.schedule == "cosine",
         "the weight decay": config.weight_decay != config.weight_decay_end,
         "the teacher's momentum": config.momentum != config.momentum_end,
     }
     moving = [name for name, moves in ends.items() if moves]
-    if before.get("steps") != config.steps and moving:
+    found = read_newest(config.out)
+    if found is None or found[1].recipe != RECIPE:  # the engine tells of another recipe
+        return
+    steps = found[1].config["steps"]
+    if steps != config.steps and moving:
         raise ContractError(
-            f"{folder} was made with steps {before.get('steps')}, this run has {config.steps}: "
-            f"{', '.join(moving)} would jump, as their cosines end at the last step; set it back "
-            f"(--steps {before.get('steps')}), or give this run another --out"
+            f"{found[0]} was made with steps {steps}, this run has {config.steps}: "
+            f"{', '.join(moving)} would jump, as their cosines end at the last step; set it back, "
+            "or give this run another --out"
         )

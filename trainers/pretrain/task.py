@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,14 +23,8 @@ from latentds_trainers.engine.training import Engine
 from latentds_trainers.engine.wrapping import gather_with
 from latentds_trainers.pretrain.config import PretrainConfig
 from latentds_trainers.pretrain.data_sources import open_source
-from latentds_trainers.pretrain.feeds import FeedSource, TimeLedger, micro_batch
-from latentds_trainers.pretrain.schedules import (
-    RECIPE,
-    RunConfig,
-    check_before,
-    settle,
-    settle_batch,
-)
+from latentds_trainers.pretrain.feeds import TimeLedger, micro_batch
+from latentds_trainers.pretrain.schedules import RECIPE, check_steps, settle, settle_batch
 from latentds_trainers.pretrain.ssl_networks import (
     build_model,
     build_optimizer,
@@ -53,7 +46,7 @@ from latentds.loading.augmenting import replayed
 from latentds.models.backbone_folder import write_backbone
 from latentds.models.masked_autoencoder import MaskedAutoencoder
 from latentds.models.token_masks import global_masks, random_masks
-from latentds.quantizers.codebooks import StoredCodebook, save_codebook
+from latentds.quantizers.codebooks import save_codebook
 from latentds.views.view_batch import Views
 
 if TYPE_CHECKING:
@@ -70,36 +63,19 @@ MAY_CHANGE = (
     *("data", "originals", "codebook", "paired_with", "keep_mb", "num_workers", "max_bad"),
     *("slides", "root", "only", "splits", "max_px"),
     "decoder",  # where it lies; what it is, decoder_ids tell
-    *("device", "probe", "probe_every", "probe_groups", "probe_decoder", "probe_patches"),
+    *("device", "probe", "probe_every", "probe_groups", "probe_patches"),
     *("probe_neighbours", "cuda_graph"),
 )
 
 
 class PretrainTask:
+    probe: Probe | None = None
+
     def __init__(self, config: PretrainConfig) -> None:
         self.device = join_ranks()
         if config.cuda_graph and self.device.type != "cuda":
             raise InputError(f"--cuda-graph needs a CUDA device, not {self.device}")
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        on_all_ranks(lambda: check_name(config.arch))
-        sized = on_all_ranks(lambda: settle_batch(config, ranks))
-        self.source = on_all_ranks(lambda: open_source(sized, self.device, rank, ranks))
-        self.stem = self.source.stem
-        self.views = on_all_ranks(lambda: build_views(sized, self.stem))
-        self.make_views = (config.cuda_graph and replayed(self.views)) or self.views
-        self.config = on_all_ranks(
-            lambda: settle(
-                sized,
-                epoch_steps=len(self.source.feed),
-                edge_px=edge_px(self.views, self.stem),
-                data_id=self.source.data_id,
-                decoder_ids=self.source.decoder_ids,
-                views=self.views.record(),
-            )
-        )
-        on_all_ranks(lambda: check_before(self.config))
-        model = on_all_ranks(lambda: build_model(self.config, self.stem))
-        self.probe = on_all_ranks(self.open_probe)
+        model = on_all_ranks(lambda: self.make(config))
         self.ledger = TimeLedger(self.source.feed, self.device)
         optimizer = build_optimizer(model, self.config)
         self.decays = [bool(group["decays"]) for group in optimizer.param_groups]
@@ -114,12 +90,29 @@ class PretrainTask:
         self.shown: tuple[Tensor, Views] | None = None
         self.probed: dict[str, float] = {}
 
-    def open_probe(self) -> Probe | None:
-        if self.config.probe is None:
-            return None
-        from latentds_trainers.pretrain.probe import Probe
+    def make(self, config: PretrainConfig) -> nn.Module:
+        """What this rank makes without meeting the others; the network to be trained."""
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        check_name(config.arch)
+        sized = settle_batch(config, ranks)
+        self.source = open_source(sized, self.device, rank, ranks)
+        self.stem = self.source.stem
+        self.views = build_views(sized, self.stem)
+        self.make_views = (config.cuda_graph and replayed(self.views)) or self.views
+        self.config = settle(
+            sized,
+            epoch_steps=len(self.source.feed),
+            edge_px=edge_px(self.views, self.stem),
+            data_id=self.source.data_id,
+            decoder_ids=self.source.decoder_ids,
+            views=self.views.record(),
+        )
+        check_steps(self.config)
+        if config.probe is not None:
+            from latentds_trainers.pretrain.probe import Probe
 
-        return Probe(self.config, self.device, self.stem, self.config.arch)
+            self.probe = Probe(self.config, self.device, self.stem)
+        return build_model(self.config, self.stem)
 
     def run(self) -> None:
         self.model.train()
@@ -161,7 +154,8 @@ class PretrainTask:
         return crops.to(torch.bfloat16 if self.config.precision == "bf16" else torch.float32)
 
     def set_schedules(self, number: int) -> None:
-        decay, is_frozen = self.config.weight_decay_at(number), self.config.is_last_frozen(number)
+        decay = self.config.weight_decay_at(number)
+        is_frozen = number < self.config.freeze_last_steps
         groups = self.engine.groups(NETWORK)
         for group, decays, is_last in zip(groups, self.decays, self.are_last, strict=True):
             group["weight_decay"] = decay if decays else 0.0
@@ -233,42 +227,65 @@ class PretrainTask:
         mean, std = getattr(self.views, "mean", None), getattr(self.views, "std", None)
         return mean or (0.0, 0.0, 0.0), std or (1.0, 1.0, 1.0)
 
+    def result(self) -> dict[str, Any]:
+        """What result.json says of the finished run. Collective."""
+        config, engine, totals = self.config, self.engine, self.ledger.totals()
+        facts = self.source.feed.facts
+        images = engine.step * config.global_batch_size
+        stored, log = facts["bytes_per_patch"], config.out / "log.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []  # a full disk may leave none
+        return {
+            "format": FORMAT,
+            "method": config.method,
+            "arch": config.arch,
+            "input": config.input,
+            "source": facts,
+            "views": config.views_record,
+            "seed": config.seed,
+            "steps": engine.step,
+            "global_batch_size": config.global_batch_size,
+            "images": images,
+            "epochs": images / self.source.patches,
+            "bytes_of_patches": None if stored is None else round(images * stored),
+            "wall_s": engine.seconds - totals["aside_s"],
+            "probe_s": totals["aside_s"],
+            "waited_s": totals["waited_s"],
+            "ranks": engine.world_size,
+            "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu",
+            "last": json.loads(lines[-1]) if lines else {},
+            "probe": self.probed,
+            "probed": self.probe.facts if self.probe is not None else None,
+            "backbone": FOLDER,
+            "versions": package_versions(),
+        }
+
     def finish(self) -> None:
-        totals, backbone = self.ledger.totals(), self.backbone()
+        backbone = self.backbone()
         if self.probe is not None and not self.probed:  # a run that had its last step before
             self.probed = self.probe(backbone, self.prepare)
-        facts = None if self.probe is None else self.probe.facts
-        result = result_of(self.config, self.source, self.engine, totals, self.probed, facts)
+        result = self.result()
 
         def write() -> None:
             mean, std = self.normalization()
-            export_backbone(
+            recorded = {name: result[name] for name in RECORDED}
+            folder = write_backbone(
                 self.config.out / FOLDER,
                 backbone,
+                trained={"recipe": RECIPE, **recorded, "versions": result["versions"]},
                 arch=self.config.arch,
-                record={name: result[name] for name in RECORDED},
                 stem=self.stem,
-                codebook=self.source.codebook,
                 mean=mean,
                 std=std,
                 input_px=self.config.global_px,
                 overwrite=True,
             )
+            if self.source.codebook is not None:  # pictures are rounded to it before they go in
+                save_codebook(self.source.codebook, folder / CODEBOOK)
             text = json.dumps(result, indent=1).encode()
             write_atomically(self.config.out / "result.json", text)
 
-        from_first(lambda: saved_before(write, self.config.out))
+        from_first(write)
         logger.info("backbone in %s; %s", self.config.out / FOLDER, json.dumps(self.probed))
-
-
-def saved_before(write: Callable[[], None], out: Path) -> None:
-    """Do it; InputError where the file system refuses, with what is not lost."""
-    try:
-        write()
-    except OSError as error:
-        raise InputError(
-            f"{out}: {error}; the training is saved, make room and run the same command again"
-        ) from error
 
 
 def join(parts: Sequence[Views]) -> Views:
@@ -279,66 +296,3 @@ def join(parts: Sequence[Views]) -> Views:
         torch.cat([part.globals for part in parts], dim=1),
         torch.cat([part.locals for part in parts], dim=1),
     )
-
-
-def export_backbone(
-    folder: Path,
-    backbone: nn.Module,
-    *,
-    record: Mapping[str, Any],
-    codebook: StoredCodebook | None = None,
-    **settings: Any,
-) -> Path:
-    """Write the backbone of a run as a folder that timm and latentds load; returns the folder.
-
-    record    what it was trained on: sets, latent_id, decoder, method, steps, images, ...
-    codebook  that its latents were rounded to, as pictures are then before they go in
-    settings  see `write_backbone`, and what it raises
-    """
-    trained = {"recipe": "pretrain", **record, "versions": package_versions()}
-    written = write_backbone(folder, backbone, trained=trained, **settings)
-    if codebook is not None:
-        save_codebook(codebook, written / CODEBOOK)
-    return written
-
-
-def result_of(
-    config: RunConfig,
-    source: FeedSource,
-    engine: Engine,
-    totals: Mapping[str, float],
-    probed: Mapping[str, float],
-    probe_facts: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """What result.json says of a finished run.
-
-    totals  seconds by what they were spent on
-    """
-    facts = source.feed.facts
-    images = engine.step * config.global_batch_size
-    stored, log = facts["bytes_per_patch"], config.out / "log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []  # a full disk may leave none
-    return {
-        "format": FORMAT,
-        "method": config.method,
-        "arch": config.arch,
-        "input": config.input,
-        "source": facts,
-        "views": config.views_record,
-        "seed": config.seed,
-        "steps": engine.step,
-        "global_batch_size": config.global_batch_size,
-        "images": images,
-        "epochs": images / source.patches,
-        "bytes_of_patches": None if stored is None else round(images * stored),
-        "wall_s": engine.seconds - totals["aside_s"],
-        "probe_s": totals["aside_s"],
-        "waited_s": totals["waited_s"],
-        "ranks": engine.world_size,
-        "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu",
-        "last": json.loads(lines[-1]) if lines else {},
-        "probe": probed,
-        "probed": probe_facts,
-        "backbone": FOLDER,
-        "versions": package_versions(),
-    }

@@ -1,6 +1,5 @@
 """Decoder fine-tuning: what is trained, what it is trained on, what is refused, what is left."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -10,19 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latentds_trainers.finetune_decoder.config import PAPER, FinetuneConfig
+from latentds_trainers.engine.ranks import join_ranks
+from latentds_trainers.finetune_decoder.config import PAPER as FIXED
+from latentds_trainers.finetune_decoder.config import FinetuneConfig
 from latentds_trainers.finetune_decoder.decoder_losses import DecoderLosses, evaluating
-from latentds_trainers.finetune_decoder.decoder_parts import (
-    open_codebook,
-    open_picture_pairs,
-    read_validation,
-)
+from latentds_trainers.finetune_decoder.decoder_parts import open_codebook, read_validation
 from latentds_trainers.finetune_decoder.pairs import Pair, PicturePairs
 from latentds_trainers.finetune_decoder.task import DecoderTask, Judge, without_places
 from torch import nn
 
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.decoders import load_decoder, save_decoder
+from latentds.autoencoders.decoders import load_decoder
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, LatentdsError, UnknownNameError, WeightsError
@@ -37,6 +34,13 @@ QUICK = {
     "gan_weight": 0.0, "schedule": "constant",
 }  # fmt: skip
 
+PAPER = {
+    "steps": 120_000, "batch_size": 12, "accumulation": 1, "lr": 5e-5, "warmup_steps": 10_000,
+    "schedule": "constant", "clip": None, "spike": None, "precision": "fp32", "l1_weight": 1.0,
+    "gan_weight": 0.5, "embedding_weight": 1.0, "gan_weight_mode": "adaptive",
+    "disc_start": 50_001, "disc_lr": None, "reduction": "sum", "batch_norm": "eval",
+    "crop_px": None, "half_scale": 0.0, "student": None, "teacher": False,
+}  # fmt: skip
 PAPER_LIKE = {"pictures": ("in",), "preset": "paper-finetune", "embedder": "uni"}
 DATA = {"data": "set", "originals": "in"}
 BF16 = {"pictures": ("in",), "precision": "bf16", "zero_stage": 1}
@@ -192,9 +196,9 @@ def test_the_adversarial_share_does_not_depend_on_the_reduction(tmp_path, reduct
     assert (of_gan.norm() / of_loss.norm()).item() == pytest.approx(1, abs=0.01)
 
 
-def test_crops_depend_on_seed_step_and_place_alone(folder):
-    autoencoder = load_autoencoder("tiny")
-    pairs = [PicturePairs([folder], autoencoder, None, crop_px=32, seed=5) for _ in range(2)]
+def test_crops_depend_on_seed_step_and_place_alone(folder, tmp_path):
+    config = settings(tmp_path, pictures=(folder,), seed=5)
+    pairs = [PicturePairs(config, load_autoencoder("tiny")) for _ in range(2)]
     whole = pairs[0].batch(7, range(4))
     halves = [pairs[1].batch(7, range(2)), pairs[1].batch(7, range(2, 4))]
     assert torch.equal(whole.images, torch.cat([half.images for half in halves]))
@@ -294,8 +298,9 @@ def test_what_fails_on_all_ranks_is_told_once(tmp_path, processes):
 def test_crops_that_no_record_is_made_for_are_refused(folder, tmp_path):
     config = settings(tmp_path, pictures=(folder,), autoencoder="tiny-v2", crop_px=8)
     base = load_autoencoder("tiny-v2")
-    pairs = open_picture_pairs(config, base)
-    with pytest.raises(InputError, match=r"crops of 8 px: .*1 x 1 .*another --crop-px"):
+    pairs = PicturePairs(config, base)
+    join_ranks()
+    with pytest.raises(InputError, match="1 x 1 latent cells are too small"):
         open_codebook(config, base, pairs)
 
 
@@ -307,7 +312,8 @@ def test_pictures_are_coded_by_the_records_that_ship(folder, tmp_path, px, recor
         validate_on=(folder,), validate_px=64,
     )  # fmt: skip
     base = load_autoencoder("tiny-v2")
-    pairs = open_picture_pairs(config, base)
+    pairs = PicturePairs(config, base)
+    join_ranks()
     pairs.codebook = open_codebook(config, base, pairs)
     assert (pairs.codebook.encoding, pairs.codebook.record_bytes) == ("rans", record_bytes)
     pair = pairs.batch(0, range(1))
@@ -508,18 +514,17 @@ def test_pictures_that_are_validated_on_are_not_trained_on(own_folder, tmp_path)
     folder = own_folder
     save_pictures(folder / "val", 2, first_seed=70, edge=64)
     base = load_autoencoder("tiny")
-    pairs = open_picture_pairs(
+    pairs = PicturePairs(
         settings(tmp_path, pictures=(folder,), validate_on=(folder / "val",)), base
     )
     assert len(pairs.pictures[0]) == 12 and not any("val" in p.parts for p in pairs.pictures[0])
     with pytest.raises(InputError, match="all 14 pictures are in --validate-on"):
-        open_picture_pairs(settings(tmp_path, pictures=(folder,), validate_on=(folder,)), base)
+        PicturePairs(settings(tmp_path, pictures=(folder,), validate_on=(folder,)), base)
 
 
-def test_held_out_pictures_are_never_drawn(folder):
-    pairs = PicturePairs(
-        [folder], load_autoencoder("tiny"), None, crop_px=32, held_out=r"p00[0-5]\.png"
-    )
+def test_held_out_pictures_are_never_drawn(folder, tmp_path):
+    config = settings(tmp_path, pictures=(folder,), held_out=r"p00[0-5]\.png")
+    pairs = PicturePairs(config, load_autoencoder("tiny"))
     assert {path.name for path in pairs.pictures[0]} == {f"p{n:03d}.png" for n in range(6, 12)}
 
 
@@ -528,9 +533,10 @@ def test_held_out_pictures_are_never_drawn(folder):
     [
         ({}, "either --data with --originals, or --pictures"),
         ({"data": "set"}, "--data needs --originals"),
-        ({"pictures": ("in",), "picture_weights": (1.0, 2.0)}, "2 --picture-weights for 1"),
-        ({"pictures": ("in",), "zero_stage": 3}, "choose 0, 1 or 2"),
-        ({"pictures": ("in",), "student": "turbo-s", "init": "run"}, "leave out --init"),
+        (
+            {"pictures": ("in",), "picture_weights": (1.0, 2.0)},
+            "one for each of the 1",
+        ),
         ({"pictures": ("in",), "preset": "paper-finetune"}, "needs an --embedder"),
         (PAPER_LIKE, "has .*batch_size=12.*leave out these or the preset"),
         ({"pictures": ("in",), "embedding_weight": 1.0}, "1.0 needs an --embedder"),
@@ -558,10 +564,16 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, options, mess
 
 def test_the_papers_preset_is_the_papers():
     config = FinetuneConfig(out="x", pictures=("in",), embedder="uni", preset="paper-finetune")
-    values = {name: getattr(config, name) for name in PAPER}
-    assert values == PAPER
-    weights = (config.l1_weight, config.gan_weight, config.embedding_weight)
-    assert weights == (1, 0.5, 1) and (config.lr, config.steps) == (5e-5, 120_000)
+    assert {name: getattr(config, name) for name in PAPER} == PAPER
+    assert {*FIXED, "embedding_weight"} == set(PAPER)
+
+
+@pytest.mark.parametrize("change", [{"precision": "autocast"}, {"embedding_weight": 2.0}])
+def test_the_papers_preset_refuses_other_values(change):
+    options = {"out": "x", "pictures": ("in",), "embedder": "uni", "preset": "paper-finetune"}
+    (name,) = change
+    with pytest.raises(ValueError, match=f"--preset paper-finetune has {name}="):
+        FinetuneConfig(**options | change)
 
 
 def test_crops_that_cut_latent_cells_are_refused(folder, tmp_path):
@@ -587,7 +599,7 @@ def test_crops_of_held_out_pictures_that_cut_cells_are_refused(folder, tmp_path)
 def test_places_that_are_not_there_are_named(folder, tmp_path):
     for options in (
         {"pictures": (tmp_path / "gone",)},
-        {"init": "./gone"},
+        {"autoencoder": "./gone"},
         {"codebook": Path("gone")},
     ):
         with pytest.raises(LatentdsError, match="gone"):
@@ -600,10 +612,11 @@ def test_a_picture_that_cannot_be_read_is_named(own_folder, tmp_path):
         DecoderTask(settings(tmp_path, pictures=(own_folder,)))
 
 
-def test_a_picture_cut_short_is_named_when_it_is_drawn(own_folder):
+def test_a_picture_cut_short_is_named_when_it_is_drawn(own_folder, tmp_path):
     for path in (own_folder / "tumour").glob("*.png"):
         path.write_bytes(path.read_bytes()[:-200])
-    pairs = PicturePairs([own_folder], load_autoencoder("tiny"), None, crop_px=32, workers=2)
+    config = settings(tmp_path, pictures=(own_folder,), workers=2)
+    pairs = PicturePairs(config, load_autoencoder("tiny"))
     with pytest.raises(InputError, match=r"p0\d\d\.png: cannot be decoded"):
         pairs.batch(0, range(4))
 
@@ -629,13 +642,12 @@ def test_the_decoder_of_a_set_of_the_default_is_trained_by_its_name(folder, tmp_
     assert np.isfinite(lines(tmp_path)[0]["l1"])
 
 
-def test_a_decoder_of_other_latents_is_no_start(finished, folder, tmp_path):
-    decoder = load_decoder(finished / "run")
-    card = dataclasses.replace(decoder.card, latent_id="sha256:" + "0" * 64)
-    save_decoder(tmp_path / "other", decoder.decoder, card, {"class": "tiny"}, {})
-    config = settings(tmp_path, pictures=(folder,), init=str(tmp_path / "other"))
-    with pytest.raises(ContractError, match="give a decoder of these"):
-        DecoderTask(config)
+def test_a_decoder_is_trained_on_from_its_folder(finished, folder, tmp_path):
+    config = settings(tmp_path, pictures=(folder,), autoencoder=str(finished / "run"), steps=1)
+    DecoderTask(config).run()
+    before, after = (load_decoder(path / "run").card for path in (finished, tmp_path))
+    assert before.decoder_id != after.decoder_id
+    assert (after.encoder, after.latent_id) == (before.encoder, before.latent_id)
 
 
 def test_other_settings_do_not_go_on_from_a_checkpoint(own_run, folder, tmp_path):

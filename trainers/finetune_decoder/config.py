@@ -6,36 +6,17 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from latentds_trainers.engine.settings import TrainConfig, check_ranges, refuse_given
 
-# What the paper states (section 3.2), and what the code it builds on has where it does not. Not
-# among them: how equation 1 is read (see `readings`); both readings are the paper's preset.
-PAPER: dict[str, Any] = {
-    "steps": 120_000,
-    "batch_size": 12,
-    "accumulation": 1,
-    "lr": 5e-5,
-    "warmup_steps": 10_000,
-    "schedule": "constant",
-    "clip": None,
-    "spike": None,
-    "precision": "fp32",
-    "l1_weight": 1.0,
-    "gan_weight": 0.5,
-    "embedding_weight": 1.0,
-    "gan_weight_mode": "adaptive",
-    "disc_start": 50_001,
-    "disc_lr": None,
-    "reduction": "sum",
-    "batch_norm": "eval",
-    "crop_px": None,
-    "half_scale": 0.0,
-    "init": None,
-    "student": None,
-    "teacher": False,
-}
+# What the paper states (section 3.2), and what the code it builds on has where it does not: the
+# defaults of these options. How equation 1 is read is left open.
+PAPER = (
+    *("steps", "batch_size", "accumulation", "lr", "warmup_steps", "schedule", "clip", "spike"),
+    *("precision", "l1_weight", "gan_weight", "gan_weight_mode", "disc_start", "disc_lr"),
+    *("reduction", "batch_norm", "crop_px", "half_scale", "student", "teacher"),
+)
 ADAM_BETAS = (0.5, 0.9)  # latent-diffusion, ldm/models/autoencoder.py
 
 StudentName = Literal["turbo-xs", "turbo-s", "turbo-s32", "turbo-m", "turbo-f32", "taesd"]
@@ -91,10 +72,8 @@ class FinetuneConfig(TrainConfig):
     half_scale: float = 0.0
     """Share of the crops of --pictures at half resolution."""
     autoencoder: str | None = None
-    """Autoencoder of the latents: name or local folder; by default the one that --data records, and
-    tiny-v1 for --pictures."""
-    init: str | None = None
-    """Decoder folder to start from instead of the autoencoder's own decoder."""
+    """Autoencoder of the latents, whose decoder is trained: name, local folder, or the folder of a
+    decoder to train on; by default the one that --data records, and tiny-v1 for --pictures."""
     student: StudentName | None = None
     """Train this small decoder instead. turbo-xs (for CPUs), turbo-s, turbo-s32 (for many
     channels), turbo-m and turbo-f32 start from the linear least-squares decoder and random weights
@@ -175,12 +154,12 @@ class FinetuneConfig(TrainConfig):
         if self.data is not None and self.originals is None:
             raise ValueError("--data needs --originals, the pictures it was converted from")
         weights = self.picture_weights
-        if weights and len(weights) != len(self.pictures):
+        is_right = len(weights) == len(self.pictures) and 0 < sum(weights) < math.inf
+        if weights and not (is_right and all(weight >= 0 for weight in weights)):
             raise ValueError(
-                f"{len(weights)} --picture-weights for {len(self.pictures)} --pictures"
+                f"--picture-weights are {weights}; give one for each of the {len(self.pictures)} "
+                "--pictures, none below 0 and one above"
             )
-        if weights and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
-            raise ValueError(f"--picture-weights are {weights}; none below 0, one above")
 
     def check_validation(self) -> None:
         """Refuse options of a validation that does not take place."""
@@ -191,22 +170,17 @@ class FinetuneConfig(TrainConfig):
                 raise ValueError(
                     f"--held-out {self.held_out!r} is no regular expression: {error}"
                 ) from error
-        if self.data is not None:
-            if self.held_out is not None:
-                raise ValueError(
-                    "--held-out is for --pictures; with --data give --validate-split or "
-                    "--validate-on"
-                )
+        if self.data is None:
+            words = "belongs to --data; --pictures takes --held-out or --validate-on"
+            refuse_given(self, ("validate_split",), words)
+        else:
+            words = "is for --pictures; with --data give --validate-split or --validate-on"
+            refuse_given(self, ("held_out",), words)
             if self.validate_split is not None and self.validate_on:
                 raise ValueError("give --validate-split or --validate-on, not both")
             if self.validate_split == self.split:
                 raise ValueError(f"--validate-split {self.split} is the training split too")
-            return
-        if self.validate_split is not None:
-            raise ValueError(
-                "--validate-split belongs to --data; --pictures takes --held-out or --validate-on"
-            )
-        if self.held_out is None and not self.validate_on:
+        if self.data is None and self.held_out is None and not self.validate_on:
             self.refuse_unvalidated("give --held-out or --validate-on")
 
     def refuse_unvalidated(self, remedy: str) -> None:
@@ -217,40 +191,20 @@ class FinetuneConfig(TrainConfig):
     def check_networks(self) -> None:
         if self.embedder is None and self.embedding_weight is not None:
             raise ValueError(f"--embedding-weight {self.embedding_weight} needs an --embedder")
-        if self.zero_stage not in (0, 1, 2):
-            raise ValueError(
-                "--zero-stage 3 divides the last layer, which the adaptive weight needs whole; "
-                "choose 0, 1 or 2"
-            )
         if self.precision == "bf16" and self.gan_weight > 0:
             raise ValueError(
                 "--precision bf16: the discriminator has BatchNorm, whose statistics stay in "
                 "float32; take autocast, or --gan-weight 0"
             )
-        if self.student and self.init:
-            raise ValueError("--student has its own first weights; leave out --init")
 
     def check_paper(self) -> None:
         if self.embedder is None:
             raise ValueError("--preset paper-finetune needs an --embedder (the paper's is uni)")
-        changed = [name for name, value in PAPER.items() if getattr(self, name) != value]
-        if changed:
-            wanted = ", ".join(f"{name}={PAPER[name]}" for name in changed)
-            raise ValueError(f"--preset paper-finetune has {wanted}; leave out these or the preset")
-
-
-def readings(config: FinetuneConfig) -> dict[str, str]:
-    """How the run reads what the paper leaves open, and where it trains on other latents than it.
-
-    source  Yellapragada et al. 2025, section 3.2
-    """
-    eq_1 = {
-        "sum": "a sum over the embedding's dimensions, as written",
-        "mean": "a mean over the embedding's dimensions; written is a sum",
-    }
-    is_quantized = config.data is not None or config.quantize
-    latents = "dequantized codes; the paper trains on latents that are not quantized"
-    return {
-        "equation 1": eq_1[config.embedding_reduction],
-        "latents": latents if is_quantized else "not quantized, as in the paper",
-    }
+        changed = [name for name in PAPER if getattr(self, name) != getattr(FinetuneConfig, name)]
+        wanted = [f"{name}={getattr(FinetuneConfig, name)}" for name in changed]
+        if self.embedding_weight != 1:
+            wanted.append("embedding_weight=1")
+        if wanted:
+            raise ValueError(
+                f"--preset paper-finetune has {', '.join(wanted)}; leave out these or the preset"
+            )

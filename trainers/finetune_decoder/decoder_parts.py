@@ -6,13 +6,12 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from latentds_trainers.engine.checkpoints import complete_checkpoints
-from latentds_trainers.engine.launching import same_on_all_ranks
-from latentds_trainers.engine.ranks import from_first
+from latentds_trainers.engine.ranks import from_first, on_all_ranks
 from latentds_trainers.finetune_decoder.config import ADAM_BETAS, FinetuneConfig
 from latentds_trainers.finetune_decoder.decoder_losses import PatchDiscriminator
 from latentds_trainers.finetune_decoder.pairs import (
@@ -29,13 +28,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
-from latentds.autoencoders.decoders import architecture_of, load_decoder
+from latentds.autoencoders.decoders import architecture_of
 from latentds.autoencoders.students import build_student
-from latentds.embedders import Embedder, embedder_loader, load_embedder
-from latentds.errors import ContractError, InputError, ShapeError
+from latentds.embedders import Embedder, load_embedder
+from latentds.errors import ContractError, InputError
 from latentds.loading.decoding import find_autoencoder
-from latentds.loading.loader import LatentLoader
-from latentds.loading.options import Order
 from latentds.quantizers.codebooks import (
     StoredCodebook,
     load_codebook,
@@ -46,11 +43,8 @@ from latentds.quantizers.codebooks import (
 )
 from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
 from latentds.quantizers.scalar_fit import fit_codebook
-from latentds.sources.originals import Originals
 from latentds.store.reader import ShardSet
 
-T = TypeVar("T")
-DEFAULT_CROP_PX = 256
 CODEBOOK_CROPS = 256
 ENCODED_AT_ONCE = 4
 VALIDATED = ("val", "test")  # splits taken where none is named, the first there is
@@ -59,8 +53,6 @@ VALIDATED = ("val", "test")  # splits taken where none is named, the first there
 def check_sizes(config: FinetuneConfig, factor: int) -> None:
     for name in ("crop_px", "validate_px"):
         edge = getattr(config, name)
-        if name == "validate_px" and config.held_out is None and not config.validate_on:
-            continue
         if edge is not None and (edge < factor or edge % factor):
             option = name.replace("_", "-")
             raise InputError(f"--{option} {edge}: no multiple of the autoencoder's factor {factor}")
@@ -75,44 +67,6 @@ def open_autoencoder(config: FinetuneConfig) -> NetworkAutoencoder:
     return found
 
 
-def open_shard_pairs(
-    config: FinetuneConfig, base: NetworkAutoencoder, device: torch.device, ranks: int
-) -> ShardPairs:
-    """Patches of --data with their originals.
-
-    raises  ContractError where the set is not of the autoencoder, or not of the originals
-    """
-    assert config.data is not None and config.originals is not None
-    size = config.batch_size * config.accumulation * ranks
-    loader = LatentLoader(
-        config.data, config.split, shuffle=True, seed=config.seed, decode="latents",
-        columns=("source",), order=Order(global_batch_size=size, last="repeat"),
-    )  # fmt: skip
-    latent_id = loader.contract.latent_id
-    if latent_id != base.card.latent_id:
-        raise ContractError(
-            f"{config.data}: stored latents have latent_id {latent_id}, autoencoder "
-            f"{base.card.name!r} makes {base.card.latent_id}; give the one they were made with, "
-            "--autoencoder"
-        )
-    originals = Originals(
-        loader.dataset.shards, config.originals, slides=config.slides, root=config.root,
-        anonymize=config.anonymize, workers=config.workers,
-    )  # fmt: skip
-    return ShardPairs(loader, originals, device, crop_px=config.crop_px, seed=config.seed)
-
-
-def open_picture_pairs(config: FinetuneConfig, base: NetworkAutoencoder) -> PicturePairs:
-    """Crops of --pictures, not quantized yet; none of the pictures of --validate-on."""
-    judged = [path for folder in config.validate_on for path in find_pictures(folder, bool)]
-    return PicturePairs(
-        config.pictures, base, None, crop_px=config.crop_px or DEFAULT_CROP_PX,
-        seed=config.seed, weights=config.picture_weights or None,
-        half_scale=config.half_scale, held_out=config.held_out, without=judged,
-        workers=config.workers,
-    )  # fmt: skip
-
-
 def open_codebook(
     config: FinetuneConfig, base: NetworkAutoencoder, pairs: PicturePairs
 ) -> AnyCodebook:
@@ -125,35 +79,20 @@ def open_codebook(
     cells = pairs.crop_px // card.factor
     shape = (card.channels, cells, cells)
 
-    def shipped() -> StoredCodebook | None:
-        return shipped_records(card.latent_id, shape, None)
+    def known() -> StoredCodebook | None:
+        if config.codebook is not None:
+            given = load_codebook(config.codebook)
+            if given.latent_id != card.latent_id:
+                raise ContractError(
+                    f"codebook of latents {given.latent_id}, {card.name} makes {card.latent_id}; "
+                    "give one that was fitted to these"
+                )
+            return given
+        levels = tiny_codebook() if card.latent_id == tiny_codebook().latent_id else None
+        return shipped_records(card.latent_id, shape, None) or levels
 
-    if config.codebook is not None:
-        path = config.codebook
-        stored = from_first(lambda: load_codebook(path))
-    elif (known := fitting_crops(pairs.crop_px, shipped)) is not None:
-        stored = known
-    elif card.latent_id == tiny_codebook().latent_id:
-        stored = tiny_codebook()
-    else:
-        stored = fitted_codebook(config, card.latent_id, pairs)
-    if stored.latent_id != card.latent_id:
-        raise same_on_all_ranks(
-            ContractError(
-                f"codebook of latents {stored.latent_id}, {card.name} makes {card.latent_id}; give "
-                "one that was fitted to these"
-            )
-        )
-    return fitting_crops(pairs.crop_px, lambda: sized_book(stored.codebook, shape))
-
-
-def fitting_crops(crop_px: int, find: Callable[[], T]) -> T:
-    """What `find` gives; its error, on all ranks alike, says which crops it is about."""
-    try:
-        return find()
-    except (InputError, ShapeError) as error:
-        told = InputError(f"crops of {crop_px} px: {error}; another --crop-px, or --no-quantize")
-        raise same_on_all_ranks(told) from error
+    stored = on_all_ranks(known) or fitted_codebook(config, card.latent_id, pairs)
+    return on_all_ranks(lambda: sized_book(stored.codebook, shape))
 
 
 def fitted_codebook(config: FinetuneConfig, latent_id: str, pairs: PicturePairs) -> StoredCodebook:
@@ -242,8 +181,7 @@ def open_decoder(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network to be trained, and what it is built from.
 
-    raises  ContractError for a decoder of other latents; InputError where its BatchNorm does not go
-            with the settings
+    raises  InputError where its BatchNorm does not go with the settings
     """
     network, architecture = untrained_decoder(config, base)
     if config.precision == "bf16" and any(isinstance(m, _BatchNorm) for m in network.modules()):
@@ -266,16 +204,7 @@ def untrained_decoder(
     if config.student is not None:
         student = build_student(config.student, card.channels, card.factor, config.seed)
         return student.eval(), {"class": "student", "name": config.student}
-    source = base
-    if config.init is not None:
-        source = load_decoder(config.init)
-        if source.card.latent_id != card.latent_id:
-            raise ContractError(
-                f"{config.init}: reads latents {source.card.latent_id}, {card.name} makes "
-                f"{card.latent_id}; give a decoder of these"
-            )
-    elif config.teacher:
-        source = copy.deepcopy(base)  # the teacher stays as it is
+    source = copy.deepcopy(base) if config.teacher else base  # the teacher stays as it is
     # DeepSpeed sends weights as rows of bytes: no channels last.
     network = source.decoder.requires_grad_(True).to(memory_format=torch.contiguous_format)
     return network, architecture_of(source)
@@ -296,14 +225,6 @@ def trained_networks(
         network = PatchDiscriminator().initialize(generator).train()
         found["discriminator"] = (network, adam(network, config.disc_lr or config.lr))
     return found
-
-
-def check_embedders(config: FinetuneConfig) -> None:
-    """Raise for wrong names of embedders, before pictures are encoded."""
-    if config.embedder is not None and config.embedding_weight:
-        embedder_loader(config.embedder, native=config.embedder_input == "native")
-    for name in config.judges:
-        embedder_loader(name)
 
 
 def open_embedder(config: FinetuneConfig, device: torch.device) -> Embedder | None:

@@ -7,7 +7,6 @@ Crops of pictures are encoded on the fly; patches of a data set are read ahead o
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 import threading
 from collections import deque
@@ -18,20 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from latentds_trainers.finetune_decoder.config import FinetuneConfig
 from torch import Tensor
 
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
 from latentds.codecs.formats import DECODE_ERRORS
-from latentds.errors import InputError
+from latentds.errors import ContractError, InputError
 from latentds.loading.batch import Batch
 from latentds.loading.loader import LatentLoader
+from latentds.loading.options import Order
 from latentds.quantizers.scalar import AnyCodebook, dequantize, dequantize_each, quantize
 from latentds.sources.image_folder import picture_suffixes, walk
 from latentds.sources.originals import Originals
 from latentds.sources.picture_files import first_line, read_picture
 
-logger = logging.getLogger(__name__)
-
+DEFAULT_CROP_PX = 256  # of pictures
 MAX_PX = 1 << 28
 KEPT_BYTES = 4 << 30  # decoded pictures kept in memory, over all of them
 SAMPLE_STEP = 1 << 40  # no run comes to such a step: crops of their own
@@ -50,42 +50,30 @@ class Pair:
 class PicturePairs:
     """Random crops of pictures, encoded on the fly and, with a codebook, quantized.
 
-    folders   pictures of several folders; every folder is drawn from equally often unless `weights`
-              says otherwise
-    crop_px   edge of a crop, a multiple of the autoencoder's factor
-    half_scale  share of the crops taken at half resolution
-    held_out  regular expression: pictures whose relative path matches are not used
-    without   files that are not used either
-    workers   threads that read and crop
+    config       folders, the share of each, crops, what is held out; none of the pictures of
+                 `validate_on` is drawn
+    autoencoder  encodes; crops are multiples of its factor
+    codebook     set by who has one
 
     Crop `i` of the global batch of a step is a function of (seed, step, i) alone: any number of
     ranks sees the same ones.
     """
 
-    def __init__(
-        self,
-        folders: Sequence[Path],
-        autoencoder: NetworkAutoencoder,
-        codebook: AnyCodebook | None,
-        *,
-        crop_px: int,
-        seed: int = 0,
-        weights: Sequence[float] | None = None,
-        half_scale: float = 0.0,
-        held_out: str | None = None,
-        without: Collection[Path] = (),
-        workers: int = 1,
-    ) -> None:
+    codebook: AnyCodebook | None = None
+
+    def __init__(self, config: FinetuneConfig, autoencoder: NetworkAutoencoder) -> None:
+        self.crop_px = config.crop_px or DEFAULT_CROP_PX
+        judged = [path for folder in config.validate_on for path in find_pictures(folder, bool)]
         self.pictures = [
-            apart(folder, list_pictures(folder, crop_px, held_out), without) for folder in folders
+            apart(folder, list_pictures(folder, self.crop_px, config.held_out), judged)
+            for folder in config.pictures
         ]
-        self.autoencoder, self.codebook = autoencoder, codebook
-        self.crop_px, self.seed = crop_px, seed
-        shares = np.asarray(weights or [1.0] * len(folders), float)
-        self.shares, self.half_scale = shares / shares.sum(), half_scale
+        self.config, self.autoencoder = config, autoencoder
+        shares = np.asarray(config.picture_weights or [1.0] * len(config.pictures), float)
+        self.shares = shares / shares.sum()
         self.kept: dict[Path, np.ndarray] = {}
         self.kept_bytes, self.keeping = 0, threading.Lock()
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
+        self.pool = ThreadPoolExecutor(config.workers, thread_name_prefix="crops")
 
     def batch(self, step: int, rows: range) -> Pair:
         """Pairs at places `rows` of a step's global batch; asked for in order."""
@@ -108,10 +96,11 @@ class PicturePairs:
 
     def crop(self, step: int, place: int) -> np.ndarray:
         """Crop uint8 (H, W, 3) number `place` of a step's global batch: flipped, turned."""
-        rng = np.random.default_rng([self.seed, step, place])
+        rng = np.random.default_rng([self.config.seed, step, place])
         paths = self.pictures[int(rng.choice(len(self.pictures), p=self.shares))]
         picture = self.picture(paths[int(rng.integers(len(paths)))])
-        is_half = rng.random() < self.half_scale and min(picture.shape[:2]) >= 2 * self.crop_px
+        fits_half = min(picture.shape[:2]) >= 2 * self.crop_px
+        is_half = rng.random() < self.config.half_scale and fits_half
         side = self.crop_px * (2 if is_half else 1)
         y, x = (int(rng.integers(length - side + 1)) for length in picture.shape[:2])
         crop = picture[y : y + side, x : x + side]
@@ -148,31 +137,38 @@ class ReadBatch:
 class ShardPairs:
     """Patches of a data set with the pictures they were cut from, epoch after epoch.
 
-    loader   its batches are an optimizer step's: of all forward passes of this rank
-    crop_px  edge of the windows trained on, a multiple of the factor; None for whole patches
+    raises  ContractError where the set is not of the autoencoder, or not of the originals
 
     A thread reads two steps ahead. `state_dict` counts what was taken, not what was read. Windows
     are a function of seed, step and the patch's place in the global batch.
     """
 
     def __init__(
-        self,
-        loader: LatentLoader,
-        originals: Originals,
-        device: torch.device,
-        *,
-        crop_px: int | None = None,
-        seed: int = 0,
+        self, config: FinetuneConfig, base: NetworkAutoencoder, device: torch.device, ranks: int
     ) -> None:
-        self.loader, self.originals, self.device = loader, originals, device
-        self.crop_px, self.seed = crop_px, seed
-        contract = loader.contract
-        self.factor = int(contract.autoencoder["factor"])
-        if crop_px is not None and crop_px > min(contract.patch_px):
+        assert config.data is not None and config.originals is not None
+        self.config, self.device, self.factor = config, device, base.card.factor
+        size = config.batch_size * config.accumulation * ranks  # the loader's batch is a step's
+        self.loader = LatentLoader(
+            config.data, config.split, shuffle=True, seed=config.seed, decode="latents",
+            columns=("source",), order=Order(global_batch_size=size, last="repeat"),
+        )  # fmt: skip
+        contract, shards = self.loader.contract, self.loader.dataset.shards
+        if contract.latent_id != base.card.latent_id:
+            raise ContractError(
+                f"{config.data}: stored latents have latent_id {contract.latent_id}, autoencoder "
+                f"{base.card.name!r} makes {base.card.latent_id}; give the one they were made "
+                "with, --autoencoder"
+            )
+        self.originals = Originals(
+            shards, config.originals, slides=config.slides, root=config.root,
+            anonymize=config.anonymize, workers=config.workers,
+        )  # fmt: skip
+        if config.crop_px is not None and config.crop_px > min(contract.patch_px):
             height, width = contract.patch_px
             raise InputError(
-                f"--crop-px {crop_px}: patches of {loader.dataset.shards.folder} are "
-                f"{width}x{height} px; choose a smaller one"
+                f"--crop-px {config.crop_px}: patches of {shards.folder} are {width}x{height} px; "
+                "choose a smaller one"
             )
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self.coming: deque[Future[ReadBatch]] = deque()
@@ -201,9 +197,9 @@ class ShardPairs:
         first = self.loader.dataset.rank * len(self.step.images) + self.taken
         self.taken += len(rows)
         latents, images = self.step.latents[part], self.step.images[part]
-        if self.crop_px is not None:
-            draws = [[self.seed, step, first + number] for number in range(len(images))]
-            latents, images = self.windows(latents, images, draws)
+        if self.config.crop_px is not None:
+            draws = [[self.config.seed, step, first + number] for number in range(len(images))]
+            latents, images = self.windows(latents, images, draws, self.config.crop_px)
         return self.pair(latents, images)
 
     def next_step(self) -> ReadBatch:
@@ -247,16 +243,15 @@ class ShardPairs:
         return Pair(latents.to(self.device), pixels.float().div(255))
 
     def windows(
-        self, latents: Tensor, images: np.ndarray, draws: Sequence[list[int]]
+        self, latents: Tensor, images: np.ndarray, draws: Sequence[list[int]], crop_px: int
     ) -> tuple[Tensor, np.ndarray]:
         """The same window of each patch's latents and pixels, one a draw."""
-        assert self.crop_px is not None
-        cells, factor = self.crop_px // self.factor, self.factor
+        cells, factor = crop_px // self.factor, self.factor
         kept: list[tuple[Tensor, np.ndarray]] = []
         for latent, image, draw in zip(latents, images, draws, strict=True):
             rng = np.random.default_rng(draw)
             y, x = (int(rng.integers(side // factor - cells + 1)) for side in image.shape[:2])
-            window = image[y * factor :, x * factor :][: self.crop_px, : self.crop_px]
+            window = image[y * factor :, x * factor :][:crop_px, :crop_px]
             kept.append((latent[:, y : y + cells, x : x + cells], window))
         return torch.stack([part for part, _ in kept]), np.stack([part for _, part in kept])
 
@@ -292,9 +287,6 @@ def apart(folder: Path, pictures: Sequence[Path], without: Collection[Path]) -> 
         raise InputError(
             f"{folder}: all {len(pictures)} pictures are in --validate-on; none to train on"
         )
-    if len(kept) < len(pictures):
-        logger.info("%s: %d pictures of --validate-on are not trained on", folder,
-                    len(pictures) - len(kept))  # fmt: skip
     return kept
 
 

@@ -15,17 +15,14 @@ import torch
 import torch.distributed as dist
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 from latentds_trainers.engine.training import Engine
-from latentds_trainers.finetune_decoder.config import FinetuneConfig, readings
+from latentds_trainers.finetune_decoder.config import FinetuneConfig
 from latentds_trainers.finetune_decoder.decoder_losses import DecoderLosses, cropped, evaluating
 from latentds_trainers.finetune_decoder.decoder_parts import (
-    check_embedders,
     check_sizes,
     open_autoencoder,
     open_codebook,
     open_decoder,
     open_embedder,
-    open_picture_pairs,
-    open_shard_pairs,
     read_validation,
     trained_networks,
 )
@@ -33,7 +30,7 @@ from latentds_trainers.finetune_decoder.pairs import PicturePairs, ShardPairs
 from torch import Tensor, nn
 
 from latentds.autoencoders.autoencoder import last_layer
-from latentds.autoencoders.decoders import build, save_decoder
+from latentds.autoencoders.decoders import build, is_hub_name, save_decoder
 from latentds.autoencoders.students import fit_shortcut
 from latentds.core.storage import write_atomically
 from latentds.embedders import Embedder, load_embedder
@@ -49,8 +46,8 @@ MAY_CHANGE = (
     *("validate_on", "validate_split", "validate_crops", "validate_px", "judges"),
     *("checkpoint_embedder", "half", "licence", "name"),
 )
-NAMES_OR_PATHS = ("autoencoder", "init", "embedder", "judges", "data")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+NAMES_OR_PATHS = ("autoencoder", "embedder", "judges", "data")
+BEFORE_LAST = re.compile(r"^([^/]*[:@])?.*/")  # all of a path but its last part
 
 
 class Judge:
@@ -71,16 +68,6 @@ class Judge:
     ) -> None:
         self.images, self.latents = images[rank::ranks], latents[rank::ranks]
         self.embedders, self.count = embedders, len(images)
-        with torch.no_grad():
-            self.wanted = {
-                name: [embedder.embed(images) for images, _ in self.parts()]
-                for name, embedder in embedders.items()
-            }
-
-    def parts(self) -> list[tuple[Tensor, Tensor]]:
-        starts = range(0, len(self.images), JUDGED_AT_ONCE)
-        ends = [slice(start, start + JUDGED_AT_ONCE) for start in starts]
-        return [(self.images[part], self.latents[part]) for part in ends]
 
     @torch.no_grad()
     def __call__(self, decode: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -90,14 +77,15 @@ class Judge:
         """
         names = ["psnr_db", *(f"one_minus_cos/{name}" for name in self.embedders)]
         totals = torch.zeros(len(names), dtype=torch.float64)
-        for number, (images, latents) in enumerate(self.parts()):
+        for start in range(0, len(self.images), JUDGED_AT_ONCE):
+            part = slice(start, start + JUDGED_AT_ONCE)
+            images, latents = self.images[part], self.latents[part]
             decoded = cropped(decode(latents).float(), images)
             decoded = decoded.clamp(0, 1).mul(255).round().div(255)
             error = (decoded - images).square().mean((1, 2, 3)).clamp_min(1e-10)
             sums = [(-10 * error.log10()).sum()]
-            for name, embedder in self.embedders.items():
-                wanted = self.wanted[name][number]
-                similar = torch.cosine_similarity(embedder.embed(decoded), wanted)
+            for embedder in self.embedders.values():
+                similar = torch.cosine_similarity(embedder.embed(decoded), embedder.embed(images))
                 sums.append((1 - similar).sum())
             totals += torch.stack(sums).double().cpu()
         totals = totals.to(self.images.device)
@@ -116,7 +104,6 @@ class DecoderTask:
         if config.student is not None:
             sample = self.pairs.sample
             on_all_ranks(lambda: fit_shortcut(self.decoder, sample(SHORTCUT_PATCHES)))
-        self.embedder = on_all_ranks(lambda: open_embedder(config, self.device))
         self.held_out = on_all_ranks(lambda: read_validation(config, self.base, self.pairs))
         self.engine = Engine(
             config,
@@ -125,12 +112,17 @@ class DecoderTask:
             loader=self.pairs if isinstance(self.pairs, ShardPairs) else None,
             may_change=MAY_CHANGE,
         )
-        self.judge = on_all_ranks(self.open_judge)
+        self.judge = None
+        if self.held_out is not None:
+            named = {e.card.name: e for e in (self.embedder, *self.judges) if e is not None}
+            images, latents = self.held_out.images, self.held_out.latents
+            self.judge = Judge(images, latents, named, self.engine.rank, self.engine.world_size)
 
     def open(self) -> PicturePairs | ShardPairs:
-        """The autoencoder, the decoder to be trained, and latents with their originals."""
+        """Embedders, autoencoder, the decoder to be trained, latents with their originals."""
         config = self.config
-        check_embedders(config)
+        self.embedder = open_embedder(config, self.device)
+        self.judges = [load_embedder(name).to(self.device) for name in config.judges]
         self.base = open_autoencoder(config)
         check_sizes(config, self.base.card.factor)
         self.decoder, self.architecture = open_decoder(config, self.base, self.device)
@@ -138,17 +130,8 @@ class DecoderTask:
             self.base.decoder = nn.Identity()  # not needed, and may be the network that is trained
         self.base.to(self.device)
         if config.data is None:
-            return open_picture_pairs(config, self.base)
-        return open_shard_pairs(config, self.base, self.device, dist.get_world_size())
-
-    def open_judge(self) -> Judge | None:
-        """What held-out pictures are judged with; None where none are held out."""
-        if self.held_out is None:
-            return None
-        judges = [load_embedder(name).to(self.device) for name in self.config.judges]
-        embedders = {e.card.name: e for e in (self.embedder, *judges) if e is not None}
-        images, latents = self.held_out.images, self.held_out.latents
-        return Judge(images, latents, embedders, self.engine.rank, self.engine.world_size)
+            return PicturePairs(config, self.base)
+        return ShardPairs(config, self.base, self.device, dist.get_world_size())
 
     def run(self) -> None:
         teacher = self.base.decoder if self.config.teacher else None
@@ -164,7 +147,7 @@ class DecoderTask:
             )
         finally:
             self.pairs.close()
-        self.finish(before, losses.told_limit())
+        self.finish(before)
 
     def before(self) -> dict[str, float] | None:
         """Figures of the decoder that the run started from, kept for a run that goes on."""
@@ -199,11 +182,8 @@ class DecoderTask:
             return images
         return torch.cat([images, cropped(self.decode(latents), images).clamp(0, 1)]).cpu()
 
-    def finish(self, before: dict[str, float] | None, at_limit: int) -> None:
-        """Save the decoder and, where pictures were held out, the figures before and after.
-
-        at_limit  steps at which the adversarial term's weight was at its limit
-        """
+    def finish(self, before: dict[str, float] | None) -> None:
+        """Save the decoder and, where pictures were held out, the figures before and after."""
         after = self.validate() if self.judge is not None else None
         weights = self.engine.weights("decoder")
         count = 0 if self.held_out is None else len(self.held_out.images)
@@ -211,8 +191,7 @@ class DecoderTask:
 
         def write() -> None:
             self.save(self.config.out / "decoder", weights, figures)
-            notes = {"readings": readings(self.config), "gan_weight_at_limit": at_limit}
-            report = json.dumps({"steps": self.engine.step, **figures, **notes}, indent=1)
+            report = json.dumps({"steps": self.engine.step, **figures}, indent=1)
             write_atomically(self.config.out / "report.json", report.encode())
 
         from_first(write)
@@ -223,7 +202,6 @@ class DecoderTask:
         trained = {
             "recipe": "finetune_decoder", "steps": self.engine.step,
             "ranks": self.engine.world_size, "config": shown(config), "held_out": figures,
-            "readings": readings(config),
         }  # fmt: skip
         network = build(self.architecture, card.channels, card.factor)
         network.load_state_dict(weights, assign=True)  # it was built without memory
@@ -240,24 +218,24 @@ class DecoderTask:
 
 def shown(config: FinetuneConfig) -> dict[str, Any]:
     """The config without what names a place: paths by their last part."""
-    values = dataclasses.asdict(config)
-    named = {name: without_places(values[name]) for name in NAMES_OR_PATHS}
+    return {
+        name: without_places(value) if name in NAMES_OR_PATHS else last_parts(value)
+        for name, value in dataclasses.asdict(config).items()
+    }
 
-    def last(value: Any) -> Any:
-        if isinstance(value, Path):
-            return value.name
-        return [last(part) for part in value] if isinstance(value, (tuple, list)) else value
 
-    return {name: last(value) for name, value in (values | named).items()}
+def last_parts(value: Any) -> Any:
+    """Paths by their last part, also in a tuple; other values as they are."""
+    if isinstance(value, tuple):
+        return [last_parts(part) for part in value]
+    return value.name if isinstance(value, Path) else value
 
 
 def without_places(value: Any) -> Any:
     """Names as they are, repositories of the Hub too; `uni@/home/me/file` as `uni@file`."""
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple):
         return [without_places(part) for part in value]
     text = None if value is None else str(value).rstrip("/")
-    if text is None or (HUB_NAME.fullmatch(text) and not Path(text).exists()):
+    if text is None or is_hub_name(text):
         return text
-    first_slash = text.find("/")
-    start = max(text.rfind(mark, 0, max(first_slash, 0)) for mark in ":@") + 1
-    return text[:start] + text.rsplit("/", 1)[-1] if first_slash >= 0 else text
+    return BEFORE_LAST.sub(r"\1", text)

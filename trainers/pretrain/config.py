@@ -22,6 +22,16 @@ from latentds_trainers.engine.settings import (
 from latentds.sources.cut_options import CutOptions
 
 SUM_TOLERANCE = 1e-6  # of weights that sum to 1
+GLOBAL_BATCH = 1024  # where neither size is given
+LARGEST_BATCH = 64  # images of a forward pass where batch_size is not given: DINO's of a GPU
+EPOCHS = 100  # where neither epochs nor steps are given
+# Options that other methods have no use for.
+OF_DINOS = (
+    *("momentum", "momentum_end", "teacher_temp", "teacher_temp_start", "teacher_temp_steps"),
+    *("freeze_last_steps", "out_dim", "hidden_dim", "bottleneck_dim"),
+    *("globals", "locals", "local_px", "local_scale"),  # mae takes one crop
+)
+OF_MAE = ("mask_ratio", "mae_dim", "mae_depth", "mae_heads")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,26 +179,6 @@ METHODS = {
         warmup_share=0.05, freeze_last_share=0.0, teacher_temp_share=0.0,
     ),
 }  # fmt: skip
-
-
-# Options that other methods have no use for.
-OF_DINOS = (
-    *("momentum", "momentum_end", "teacher_temp", "teacher_temp_start", "teacher_temp_steps"),
-    *("freeze_last_steps", "out_dim", "hidden_dim", "bottleneck_dim"),
-    *("globals", "locals", "local_px", "local_scale"),  # mae takes one crop
-)
-
-
-OF_MAE = ("mask_ratio", "mae_dim", "mae_depth", "mae_heads")
-
-
-GLOBAL_BATCH = 1024  # where neither size is given
-
-
-LARGEST_BATCH = 64  # images of a forward pass where batch_size is not given: DINO's of a GPU
-
-
-EPOCHS = 100  # where neither epochs nor steps are given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -66,9 +66,10 @@ class LoaderFeed:
     def __iter__(self) -> Iterator[list[FeedBatch]]:
         while True:
             for batch in self.loader:
+                parts: list[Any] = batch if isinstance(batch, list) else [batch]
                 yield [
                     FeedBatch(part.latents if part.images is None else part.images, part.seeds)
-                    for part in (batch if isinstance(batch, list) else [batch])
+                    for part in parts
                 ]
 
     def state_dict(self) -> dict[str, Any]:

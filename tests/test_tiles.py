@@ -1,19 +1,29 @@
-"""Which pictures a codec learns from."""
+"""Which pictures a codec learns from, and the one file they are packed into."""
 
 from __future__ import annotations
 
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from latentds_trainers.train_codec.tile_packs import (
+    budgets,
+    decoded,
+    read_pack,
+    spread,
+    webp,
+    write_pack,
+)
 from latentds_trainers.train_codec.tiles import (
     DEMO_HELD_OUT,
     HELD_OUT_PATIENTS,
     SOURCES,
     list_tiles,
     middles,
+    pack_tiles,
     picture_files,
     read_tiles,
 )
@@ -81,6 +91,59 @@ def test_too_few_pictures_are_refused(tmp_path):
 def test_a_judged_picture_that_is_too_small_is_refused():
     with pytest.raises(InputError, match="of 200x200 px; at least 256"):
         middles([smooth_picture(0, 200)])
+
+
+def test_a_pack_holds_the_folders_pictures(own_tiles, tmp_path):
+    pack_tiles(own_tiles, tmp_path / "tiles.zip")
+    packed, folder = read_tiles(tmp_path / "tiles.zip"), read_tiles(own_tiles)
+    assert packed.shares == folder.shares and torch.equal(packed.held_out, folder.held_out)
+    first, second = packed.pictures["tiles"][:2]
+    assert np.array_equal(first, folder.pictures["tiles"][0])  # the JPEG, as it is
+    assert np.array_equal(second, folder.pictures["tiles"][1][:256, :256])
+
+
+def test_a_pack_is_no_larger_than_allowed_and_keeps_its_shares(tmp_path):
+    pieces = {name: [webp(smooth_picture(s, 40)) for s in range(30)] for name in ("a", "b")}
+    size = sum(len(piece) for piece in pieces["a"])
+    write_pack(tmp_path / "p.zip", pieces, {"a": 0.8, "b": 0.2}, {"held_out": []}, size)
+    with zipfile.ZipFile(tmp_path / "p.zip") as archive:
+        sizes = {
+            n: sum(i.file_size for i in archive.infolist() if i.filename[0] == n) for n in "ab"
+        }
+    assert sum(sizes.values()) <= size
+    assert sizes["a"] == pytest.approx(0.8 * size, rel=0.06)  # two pieces of 30
+
+
+def test_what_a_source_does_not_need_others_get():
+    assert budgets({"a": 10, "b": 900, "c": 900}, {"a": 0.5, "b": 0.25, "c": 0.25}, 110) == {
+        "a": 10,
+        "b": 50,
+        "c": 50,
+    }
+
+
+def test_pieces_that_are_kept_are_spread_over_all():
+    pieces = [bytes([number]) * 10 for number in range(10)]
+    assert [piece[0] for piece in spread(pieces, 50)] == [1, 3, 5, 7, 9]
+
+
+@pytest.mark.parametrize("content", [b"no zip", b""])
+def test_a_file_that_is_no_pack_is_refused(tmp_path, content):
+    path = tmp_path / "tiles.zip"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"tiles\.zip: no pack of tiles"):
+        read_pack(path)
+
+
+def test_a_pack_of_a_source_without_pictures_is_refused(tmp_path):
+    write_pack(tmp_path / "p.zip", {"a": []}, {"a": 1.0}, {"held_out": []})
+    with pytest.raises(InputError, match="no picture of 'a'"):
+        read_pack(tmp_path / "p.zip")
+
+
+def test_webp_of_a_pack_is_lossless():
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    assert np.array_equal(decoded(webp(picture)), picture)
 
 
 @pytest.mark.assets

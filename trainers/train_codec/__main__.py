@@ -1,7 +1,7 @@
 """Train an autoencoder for entropy-coded records: `tiny-v2`, or one from your own tiles.
 
     python -m latentds_trainers.train_codec --tiles ../shared/assets --out runs/codec
-    deepspeed --num_gpus 1 --module latentds_trainers.train_codec --tiles my-tiles/ \\
+    deepspeed --num_gpus 1 --module latentds_trainers.train_codec --tiles packed.tiles \\
         --bytes 2048 --out runs/mine
 
 Training uses openly licensed tiles only (`tiles.py`). UCSB, MoNuSeg and the pictures of the
@@ -22,6 +22,12 @@ USUAL = ("tiles", "bytes", "channels", "steps")  # options
 
 
 def main(config: CodecSettings) -> None:
+    if config.pack is not None:
+        from latentds_trainers.train_codec.tiles import pack_tiles
+
+        pack_tiles(config.tiles, config.pack)
+        say(config.pack)
+        return
     from latentds_trainers.train_codec.task import CodecTask, StudentTask, train
 
     task = CodecTask if config.students_of is None else StudentTask

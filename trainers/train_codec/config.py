@@ -16,8 +16,10 @@ class CodecSettings(TrainConfig):
     """Settings of the run. The defaults are for a CPU, and made the weights that ship."""
 
     tiles: Path
-    """The assets' folder (segmentation/, classification/, tiles/, tiles_open/, wsi/), or any folder
-    of pictures of 256 px or more (every twentieth is held out)."""
+    """The assets' folder (segmentation/, classification/, tiles/, tiles_open/, wsi/), any folder of
+    pictures of 256 px or more (every twentieth is held out), or a file of `--pack`."""
+    pack: Path | None = None
+    """Write as many tiles as fit into this file, at most 54 MB, and end."""
     students_of: str | None = None
     """Train only fast decoders, for the latents of this codec (a name or a folder). They learn from
     the codec's own decoder, and OUT/codec has nothing else."""

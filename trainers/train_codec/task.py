@@ -44,7 +44,7 @@ FACTOR = 8
 SHORTCUT_CROPS = 64
 SHORTCUT_STEP = 2**32 - 1  # whose crops no training step draws
 SAMPLES = 4
-MAY_CHANGE = ("tiles", "name", "licence", "preset")  # no setting any more
+MAY_CHANGE = ("tiles", "pack", "name", "licence", "preset")  # no setting any more
 BETAS, DECAY = (0.9, 0.98), 1e-4
 EARLY_SHARE = 8  # one part in so many of the steps has the early rate weight
 

@@ -1,4 +1,4 @@
-"""The pictures a codec is trained on, in memory, and random crops of them.
+"""The pictures a codec is trained on, in memory, from a folder or a pack, and random crops of them.
 
 Tiles are the open ones of the assets' folder (sources and licences: its SOURCES.md), or any folder
 of one's own. UCSB and MoNuSeg are test sets and in no list here.
@@ -17,6 +17,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from latentds_trainers.train_codec.tile_packs import (
+    HELD_OUT,
+    MAX_PIXELS,
+    in_squares,
+    read_pack,
+    webp,
+    write_pack,
+)
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,7 +36,6 @@ if TYPE_CHECKING:
     from latentds_trainers.train_codec.config import CodecSettings
 
 JUDGED_PX = 256  # edge of what is judged, cut from a picture's middle
-MAX_PIXELS = 64_000_000
 # Patients that no crop is drawn from: glioblastoma, and breast of three hospitals.
 HELD_OUT_PATIENTS = ("TCGA-FG-A4MU", "TCGA-A7-A0DB", "TCGA-OL-A66N", "TCGA-A8-A08B")
 # Pictures of dsb2018_he that the demo shows. They are its only ones in pink and purple H&E (the
@@ -57,18 +64,35 @@ class Tiles:
 
 
 def read_tiles(path: Path) -> Tiles:
-    """The tiles of a folder, all in memory (about 450 MB for the open ones).
+    """The tiles of a folder or of a pack, all in memory (about 450 MB for the open ones).
 
-    path    the assets' folder, or any folder of pictures
-    raises  InputError where there is too little to train on or to judge by
+    path    the assets' folder, any folder of pictures, or a file that `pack_tiles` wrote
+    raises  InputError where there is too little to train on or to judge by, or the file is no pack
     """
+    if path.is_file():
+        packed, shares = read_pack(path)
+        return Tiles(packed, shares, middles(packed.pop(HELD_OUT)))
     sources, held_out = list_tiles(path)
     pictures = {
         name: [picture for file in files for picture in read_pictures(file)]
         for name, files in sources.items()
     }
-    shares = {name: SOURCES[name].share if name in SOURCES else 1.0 for name in sources}
-    return Tiles(pictures, shares, middles([pixels_in(file) for file in held_out]))
+    return Tiles(pictures, shares_of(sources), middles([pixels_in(file) for file in held_out]))
+
+
+def pack_tiles(path: Path, pack: Path) -> None:
+    """Write what fits of a folder's tiles into one file, for a machine that has no such folder.
+
+    raises  InputError as `read_tiles`
+    """
+    sources, held_out = list_tiles(path)
+    pieces = {
+        name: [piece for file in files for piece in pieces_of(file)]
+        for name, files in sources.items()
+    }
+    judged = middles([pixels_in(file) for file in held_out]).mul(255).round().byte()
+    kept = [webp(picture) for picture in judged.permute(0, 2, 3, 1).numpy()]
+    write_pack(pack, pieces, shares_of(sources), {HELD_OUT: kept})
 
 
 def read_pictures(path: Path) -> list[np.ndarray]:
@@ -103,6 +127,13 @@ def middles(pictures: list[np.ndarray]) -> Tensor:
             )
         squares.append(picture[top : top + JUDGED_PX, left : left + JUDGED_PX])
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255
+
+
+def pieces_of(path: Path) -> list[bytes]:
+    """What a pack holds of a file: a JPEG as it is, another picture in squares without loss."""
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        return [path.read_bytes()]
+    return [piece for picture in read_pictures(path) for piece in in_squares(picture)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +249,10 @@ def attribution_of(names: Iterable[str]) -> tuple[str, ...]:
     """What the licences of these sources ask to be said, a line each, none twice."""
     lines = [SOURCES[name].attribution for name in names if name in SOURCES]
     return tuple(dict.fromkeys(line for line in lines if line))
+
+
+def shares_of(sources: dict[str, list[Path]]) -> dict[str, float]:
+    return {name: SOURCES[name].share if name in SOURCES else 1.0 for name in sources}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

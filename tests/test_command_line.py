@@ -24,7 +24,7 @@ RECIPES = {
     "finetune_decoder": "FinetuneConfig",
     "pretrain": "PretrainConfig",
     "sampath": "SampathConfig",
-    "train_codec": "CodecSettings",
+    "train_codec": "TrainCodecConfig",
 }
 
 

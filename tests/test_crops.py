@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latentds_trainers.train_codec.config import CodecSettings
+from latentds_trainers.train_codec.config import TrainCodecConfig
 from latentds_trainers.train_codec.tiles import Crops
 
 from tests.conftest import smooth_picture
 
 OPTIONS = {"crop_px": 16, "half_scale_share": 0.25, "stain_share": 0.5, "seed": 3}
-CONFIG = CodecSettings(tiles=Path("in"), out=Path("out"), **OPTIONS)
+CONFIG = TrainCodecConfig(tiles=Path("in"), out=Path("out"), **OPTIONS).settings
 PLAIN = dataclasses.replace(CONFIG, half_scale_share=0.0, stain_share=0.0)
 PICTURES = {name: [smooth_picture(seed, 48) for seed in range(3)] for name in ("a", "b")}
 SHARES = {"a": 0.75, "b": 0.25}

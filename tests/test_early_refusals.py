@@ -24,7 +24,7 @@ from latentds_trainers.pretrain.config import PretrainConfig
 from latentds_trainers.pretrain.task import PretrainTask
 from latentds_trainers.sampath.config import SampathConfig
 from latentds_trainers.sampath.task import SegmentationRun
-from latentds_trainers.train_codec.config import CodecSettings
+from latentds_trainers.train_codec.config import TrainCodecConfig
 from latentds_trainers.train_codec.task import StudentTask
 
 NOWHERE = Path("nowhere")
@@ -64,8 +64,8 @@ def segmented(out: Path) -> None:
 
 
 def students(out: Path) -> None:
-    config = CodecSettings(tiles=NOWHERE, out=out, students_of="wrong")
-    StudentTask(config)
+    config = TrainCodecConfig(tiles=NOWHERE, out=out, students_of="wrong")
+    StudentTask(config.settings)
 
 
 @pytest.mark.parametrize("start", [probe, finetune, bags, decoder, pretrained, segmented, students])

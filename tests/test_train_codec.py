@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -23,7 +24,7 @@ from latentds_trainers.train_codec.codec_product import (
     table_bits,
     warm_start,
 )
-from latentds_trainers.train_codec.config import CodecSettings
+from latentds_trainers.train_codec.config import PRESETS, TrainCodecConfig
 from latentds_trainers.train_codec.task import CodecTask, StudentTask, codec_folder_of, draws, train
 
 from latentds.autoencoders import load_autoencoder
@@ -51,7 +52,7 @@ def tiles(tmp_path_factory):
 def settings(tiles, out, **options):
     small = {"steps": 2, "batch_size": 2, "crop_px": 32, "save_every": 1, "log_every": 1}
     small |= {"encoder_widths": (16, 24), "init": "cold", "channels": 8, "sample_every": None}
-    return CodecSettings(tiles=tiles, out=out, **(small | options))
+    return TrainCodecConfig(tiles=tiles, out=out, **(small | options)).settings
 
 
 @pytest.mark.parametrize("step", [0.7, 1.0, 2.8])
@@ -114,6 +115,13 @@ def test_the_step_for_a_size_makes_patches_of_it():
 def test_fewer_bytes_weigh_the_rate_more(tiles, tmp_path):
     weights = [settings(tiles, tmp_path, bytes=size).rate_weight for size in (4096, 2048)]
     assert weights == pytest.approx([2.2e-3, 8.8e-3])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_give_what_is_not_given(preset, tiles, tmp_path):
+    config = TrainCodecConfig(tiles=tiles, out=tmp_path, preset=preset, crop_px=40)
+    wanted = dataclasses.asdict(PRESETS[preset]) | {"crop_px": 40}
+    assert dataclasses.asdict(config.settings) == dataclasses.asdict(config.settings) | wanted
 
 
 @pytest.mark.slow

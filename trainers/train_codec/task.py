@@ -44,7 +44,7 @@ FACTOR = 8
 SHORTCUT_CROPS = 64
 SHORTCUT_STEP = 2**32 - 1  # whose crops no training step draws
 SAMPLES = 4
-MAY_CHANGE = ("tiles", "pack", "name", "licence", "preset")  # no setting any more
+MAY_CHANGE = ("tiles", "pack", "name", "licence")
 BETAS, DECAY = (0.9, 0.98), 1e-4
 EARLY_SHARE = 8  # one part in so many of the steps has the early rate weight
 
@@ -171,7 +171,6 @@ class CodecTask(TileTask):
     def rate_weight(self, step: int) -> float:
         """Of bits a pixel at this step."""
         config = self.config
-        assert config.rate_weight is not None  # it follows from the bytes
         is_early = step * EARLY_SHARE < config.steps
         return config.early_rate_weight if is_early else config.rate_weight
 

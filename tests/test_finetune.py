@@ -15,7 +15,7 @@ from latentds_trainers.finetune_decoder.config import FinetuneConfig
 from latentds_trainers.finetune_decoder.decoder_losses import DecoderLosses, evaluating
 from latentds_trainers.finetune_decoder.decoder_parts import open_codebook, read_validation
 from latentds_trainers.finetune_decoder.pairs import Pair, PicturePairs
-from latentds_trainers.finetune_decoder.task import DecoderTask, Judge, without_places
+from latentds_trainers.finetune_decoder.task import DecoderTask, Judge, shown, without_places
 from torch import nn
 
 from latentds.autoencoders import load_autoencoder
@@ -196,6 +196,16 @@ def test_the_adversarial_share_does_not_depend_on_the_reduction(tmp_path, reduct
     assert (of_gan.norm() / of_loss.norm()).item() == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize(("strength", "steps"), [(0.0, 3), (1.0, 0)])
+def test_a_gan_weight_at_its_limit_is_remarked(tmp_path, caplog, strength, steps):
+    layer = nn.Parameter(torch.ones(2))
+    losses = DecoderLosses(settings(tmp_path, pictures=("in",), gan_weight=0.5), None, layer)
+    for _ in range(3):
+        losses.gan_weight((layer * 5).sum(), (layer * strength).sum(), 1)
+    assert losses.told_limit() == steps
+    assert ("at its limit of 5,000 at 3 steps" in caplog.text) == bool(steps)
+
+
 def test_crops_depend_on_seed_step_and_place_alone(folder, tmp_path):
     config = settings(tmp_path, pictures=(folder,), seed=5)
     pairs = [PicturePairs(config, load_autoencoder("tiny")) for _ in range(2)]
@@ -212,6 +222,7 @@ def test_a_run_leaves_a_decoder_that_reads_the_same_latents(finished):
     assert decoder.card.decoder_id != tiny.card.decoder_id
     report = json.loads((finished / "run" / "report.json").read_text())
     assert report["before"].keys() == report["after"].keys() and report["steps"] == 2
+    assert report["gan_weight_at_limit"] == 0
     assert [line["step"] for line in lines(finished)] == [1, 2]
     record = json.loads((finished / "run" / "decoder" / "decoder.json").read_text())
     assert str(finished) not in json.dumps(record["trained"])
@@ -566,6 +577,12 @@ def test_the_papers_preset_is_the_papers():
     config = FinetuneConfig(out="x", pictures=("in",), embedder="uni", preset="paper-finetune")
     assert {name: getattr(config, name) for name in PAPER} == PAPER
     assert {*FIXED, "embedding_weight"} == set(PAPER)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_papers_preset_takes_both_readings_and_records_which(reduction):
+    config = FinetuneConfig(out="x", **PAPER_LIKE, embedding_reduction=reduction)
+    assert shown(config)["embedding_reduction"] == reduction
 
 
 @pytest.mark.parametrize("change", [{"precision": "autocast"}, {"embedding_weight": 2.0}])

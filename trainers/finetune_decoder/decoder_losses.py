@@ -9,6 +9,7 @@ latent-diffusion (MIT: ldm/modules/losses/contperceptual.py), whose settings the
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from latentds.embedders import Embedder
 
+logger = logging.getLogger(__name__)
 Terms = dict[str, Tensor]
 RANGE = 2  # images are in [0, 1] here; the losses are weighed for [-1, 1], as in the reference
 WEIGHT_EPSILON, WEIGHT_LIMIT = 1e-4, 1e4  # contperceptual.py, calculate_adaptive_weight
@@ -65,6 +67,7 @@ class DecoderLosses:
         self.config, self.engine = config, engine
         self.last_layer, self.embedder, self.teacher = last_layer, embedder, teacher
         self.has_discriminator = config.gan_weight > 0
+        self.at_limit = torch.zeros((), device=last_layer.device)  # steps; read once, at the end
 
     def step(self, pair: Pair, step: int) -> Terms:
         """Train on a batch: the decoder, then the discriminator on the same one."""
@@ -131,7 +134,20 @@ class DecoderLosses:
         """What the adversarial term is multiplied by, beside a loss multiplied by `values`."""
         if self.config.gan_weight_mode == "fixed":
             return torch.tensor(self.config.gan_weight * values, device=loss.device)
-        return self.config.gan_weight * adaptive_weight(loss, adversarial, self.last_layer)
+        ratio = adaptive_weight(loss, adversarial, self.last_layer)
+        self.at_limit += ratio >= WEIGHT_LIMIT
+        return self.config.gan_weight * ratio
+
+    def told_limit(self) -> int:
+        """Steps of this process at which the adaptive ratio was at its limit; said where any."""
+        count = int(self.at_limit)
+        if count:
+            logger.warning(
+                "gan_weight was at its limit of %s at %s steps: the discriminator's gradients are "
+                "next to nothing there; see disc_start, disc_lr and logits_real in the log",
+                f"{WEIGHT_LIMIT * self.config.gan_weight:,.0f}", f"{count:,}",
+            )  # fmt: skip
+        return count
 
     def discriminate(self, images: Tensor) -> Tensor:
         """Logits of images in [0, 1]."""

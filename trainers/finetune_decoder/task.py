@@ -147,7 +147,7 @@ class DecoderTask:
             )
         finally:
             self.pairs.close()
-        self.finish(before)
+        self.finish(before, losses.told_limit())
 
     def before(self) -> dict[str, float] | None:
         """Figures of the decoder that the run started from, kept for a run that goes on."""
@@ -182,7 +182,7 @@ class DecoderTask:
             return images
         return torch.cat([images, cropped(self.decode(latents), images).clamp(0, 1)]).cpu()
 
-    def finish(self, before: dict[str, float] | None) -> None:
+    def finish(self, before: dict[str, float] | None, at_limit: int) -> None:
         """Save the decoder and, where pictures were held out, the figures before and after."""
         after = self.validate() if self.judge is not None else None
         weights = self.engine.weights("decoder")
@@ -191,8 +191,9 @@ class DecoderTask:
 
         def write() -> None:
             self.save(self.config.out / "decoder", weights, figures)
-            report = json.dumps({"steps": self.engine.step, **figures}, indent=1)
-            write_atomically(self.config.out / "report.json", report.encode())
+            report = {"steps": self.engine.step, **figures, "gan_weight_at_limit": at_limit}
+            text = json.dumps(report, indent=1)
+            write_atomically(self.config.out / "report.json", text.encode())
 
         from_first(write)
         logger.info("decoder in %s; %s", self.config.out / "decoder", json.dumps(figures))

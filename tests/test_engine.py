@@ -339,6 +339,19 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
         wrapping.load_deepspeed()
 
 
+def test_a_full_disk_names_the_file_of_the_log_and_of_a_picture(tmp_path):
+    log = training_log.TrainingLog(
+        tmp_path, step=0, steps=2, seconds=0.0, images=1, tensorboard=False
+    )
+    (tmp_path / "samples").mkdir()
+    for name in ("log.jsonl", "samples/step-000001.png"):
+        (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*log\.jsonl"):
+        log.write(1, {"loss": 1.0})
+    with pytest.raises(OSError, match=r"No space left on device: .*step-000001\.png"):
+        log.picture(1, torch.rand(1, 3, 64, 64))
+
+
 def test_a_grid_pads_with_white():
     grid = training_log.picture_grid(torch.zeros(3, 3, 4, 4), gap=1)
     assert grid.shape == (9, 9, 3) and np.all(grid[5:, 5:] == 255) and np.all(grid[:4, :4] == 0)

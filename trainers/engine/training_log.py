@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from latentds.core.storage import write_atomically
+from latentds.core.storage import naming, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class TrainingLog:
         self.last_step, self.last_seconds = step, seconds
         line: dict[str, Any] = {"step": step, **figures}
         line |= {"images_per_s": round(rate, 2), "seconds": round(seconds, 2)}
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.events is not None:
             for name, value in line.items():
@@ -75,7 +75,9 @@ class TrainingLog:
         """Write images (B, 3, H, W) in [0, 1] as one PNG."""
         grid = picture_grid(images)
         self.samples.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grid).save(self.samples / f"step-{step:06d}.png")
+        path = self.samples / f"step-{step:06d}.png"
+        with naming(path):
+            Image.fromarray(grid).save(path)
         if self.events is not None:
             self.events.add_image("samples", grid, step, dataformats="HWC")
 

@@ -22,6 +22,7 @@ from latentds_trainers.pretrain.ssl_networks import (
 )
 from latentds_trainers.pretrain.task import PretrainTask
 
+from latentds.errors import InputError
 from latentds.models.self_distillation import is_last_layer
 from tests.conftest import save_pictures
 from tests.pretraining import config_of
@@ -52,6 +53,14 @@ def groups_by_name(model: torch.nn.Module, config: RunConfig) -> dict[str, dict[
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = build_optimizer(model, config).param_groups
     return {names[id(p)]: group for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("name", ["global_px", "local_px"])
+def test_crops_that_are_no_whole_tokens_are_refused_with_a_size_that_is(tmp_path, name):
+    config = settled(tmp_path, "dino", **{name: 50})
+    option = f"--{name.replace('_', '-')}"
+    with pytest.raises(InputError, match=rf"{name} is 50, .* has 16 px; .*{option} 48"):
+        build_model(config, None)
 
 
 def test_learning_rates_fall_towards_the_input_as_dinov2s_do(tmp_path):

@@ -121,6 +121,7 @@ def trained_backbone(
 def build_model(config: RunConfig, stem: LatentStemConfig | None) -> nn.Module:
     """The module of one engine network: all that a checkpoint has to hold."""
     student = build_backbone(config, stem, config.drop_path)
+    check_edges(config, student, stem)
     if config.method == "mae":
         return MaskedAutoencoder(
             student,
@@ -139,6 +140,20 @@ def build_model(config: RunConfig, stem: LatentStemConfig | None) -> nn.Module:
         bottleneck_dim=config.bottleneck_dim,
         seed=config.seed,
     )
+
+
+def check_edges(config: RunConfig, network: Any, stem: LatentStemConfig | None) -> None:
+    """InputError for crops that are no whole tokens."""
+    record, factor = config.views_record, 1 if stem is None else stem.factor
+    token = max(network.patch_embed.patch_size[0] * factor, factor)
+    names = {"global_px": "globals", "local_px": "locals"}
+    for name, count in names.items():
+        edge = record[name] if stem is None else record[f"{name[:-3]}_cells"] * factor
+        if record[count] and edge % token:
+            raise InputError(
+                f"{name} is {edge}, and a token of {config.arch} has {token} px; take a multiple: "
+                f"--{name.replace('_', '-')} {max(edge // token, 1) * token}"
+            )
 
 
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:

@@ -1,12 +1,6 @@
-"""What readers say of themselves, and what they answer to other loaders' words."""
+"""What readers say of themselves."""
 
-import inspect
-
-import pytest
-from torch.utils.data import DataLoader
-
-from latentds import LatentDataset, LatentLoader, MultiCrop, Order, ShardSet, SlideBags
-from latentds.loading.options import ANSWERS
+from latentds import LatentLoader, MultiCrop, Order, ShardSet, SlideBags
 from tests.fakes import MeanAutoencoder
 
 OPTIONS = {"split": "val", "autoencoder": MeanAutoencoder()}
@@ -42,47 +36,3 @@ def test_a_batch_shows_its_tensors_and_no_values(shared_dataset):
         "Batch(7 patches of 2 slides on cpu: codes uint8 (7, 3, 4, 4); images float32 "
         "(7, 3, 32, 32); views float32 (1, 7, 3, 16, 16), float32 (0, 7, 3, 96, 96))"
     )
-
-
-WORDS = sorted(set(inspect.signature(DataLoader.__init__).parameters) - {"self"})
-OURS = {"batch_size", "shuffle", "num_workers"}
-
-
-@pytest.mark.parametrize("word", [word for word in WORDS if word not in OURS])
-def test_every_word_of_torchs_loader_is_answered(shared_dataset, word):
-    with pytest.raises(TypeError, match=f"^LatentLoader takes no {word}=: [a-z]"):
-        LatentLoader(shared_dataset, **{word: True})
-
-
-@pytest.mark.parametrize(
-    ("word", "answer"),
-    [
-        ("drop_last", "order=Order\\(last='drop'\\)"),
-        ("prefetch_factor", "num_workers=Workers\\(prefetch_factor="),
-        ("where", "select=Select\\(where="),
-        ("world_size", "order=Order\\(world_size="),
-        ("compile", "decoding=Decode\\(compile="),
-        ("collate_fn", "transform="),
-        ("sampler", "resident=False"),
-    ],
-)
-def test_the_answer_names_what_to_pass(shared_dataset, word, answer):
-    with pytest.raises(TypeError, match=answer):
-        LatentLoader(shared_dataset, **{word: 1})
-
-
-def test_a_word_is_answered_by_what_the_reader_takes(shared_dataset):
-    with pytest.raises(TypeError, match="LatentDataset takes no drop_last=: pass order="):
-        LatentDataset(shared_dataset, drop_last=True)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'compile'"):
-        LatentDataset(shared_dataset, compile=True)
-
-
-def test_a_word_that_nobody_knows_is_pythons_own_error(shared_dataset):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
-        LatentLoader(shared_dataset, colour=True)
-
-
-def test_a_loaders_help_still_lists_its_options():
-    assert {"folder", "transform", "order"} <= set(inspect.signature(LatentLoader).parameters)
-    assert not set(ANSWERS) & set(inspect.signature(LatentLoader).parameters)

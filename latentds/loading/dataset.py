@@ -28,7 +28,7 @@ from latentds.core.storage import digest_json
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.loading.batch import Batch, Collator
 from latentds.loading.fields_of_view import warn_of_fields
-from latentds.loading.options import Mixture, Order, Select, answering, as_mixture, check_group
+from latentds.loading.options import Mixture, Order, Select, as_mixture, check_group
 from latentds.loading.order import Batching, Drawn, LoaderState, PackSampler, check_state, join
 from latentds.loading.sampling import BALANCED, BalancedSampler, MixtureSampler, Sampler, SetSampler
 from latentds.loading.selection import select_rows
@@ -72,7 +72,6 @@ class LatentDataset(IterableDataset[Batch]):
     repeat a patch, and global batches are the same for any number of either.
     """
 
-    @answering
     def __init__(
         self,
         folder: str | os.PathLike[str] | Mixture,

@@ -22,7 +22,7 @@ from latentds.loading.augmenting import Making, Watched, find_augment, replayed
 from latentds.loading.batch import Batch
 from latentds.loading.dataset import LatentDataset, Transfer, Transfers, check_bad
 from latentds.loading.decoding import Decode, Decoder, Integers, check_decode, make_decoder
-from latentds.loading.options import Mixture, Order, Select, Workers, answering, check_group
+from latentds.loading.options import Mixture, Order, Select, Workers, check_group
 from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
 from latentds.quantizers.codebooks import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
@@ -67,7 +67,6 @@ class LatentLoader:
     them. A state taken with an epoch's last batch is the beginning of the next epoch.
     """
 
-    @answering
     def __init__(
         self,
         folder: str | os.PathLike[str] | Mixture,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,29 +16,6 @@ from latentds.store.format import alike_names, joined_names
 from latentds.store.reader import ShardSet
 
 logger = logging.getLogger(__name__)
-P = ParamSpec("P")
-BY_SEED = "every random number follows from seed="
-PINNED = "leave it, memory is pinned where a GPU decodes"
-OWN_SAMPLER = (
-    "select=Select(...) chooses and balances patches; for a sampler of your own open "
-    "LatentArray(..., resident=False), a map-style data set for torch's DataLoader"
-)
-# Words of torch.utils.data.DataLoader, and what does that here.
-ANSWERS = {
-    "drop_last": "pass order=Order(last='drop')",
-    "pin_memory": PINNED,
-    "pin_memory_device": PINNED,
-    "sampler": OWN_SAMPLER,
-    "batch_sampler": OWN_SAMPLER,
-    "collate_fn": "batches are made here, on the device; change them by transform=, or by "
-    "latentds.loading.adapters.MappedLoader(loader, function)",
-    "generator": BY_SEED,
-    "worker_init_fn": f"{BY_SEED}, and workers only read",
-    "persistent_workers": "workers stay between epochs as they are",
-    "timeout": "a worker that dies is told of by WorkerError as it is",
-    "in_order": "batches always come in order",
-    "dataset": "the first argument is a set's folder or location",
-}
 
 
 def check_group(value: object, kind: type[object], name: str) -> None:
@@ -112,34 +88,6 @@ class Workers:
     count: int
     prefetch_factor: int = 2
     multiprocessing_context: str | None = None
-
-
-def answering(init: Callable[P, None]) -> Callable[P, None]:
-    """A reader's constructor whose TypeError for another loader's word names what to pass."""
-
-    @functools.wraps(init)
-    def constructor(*given: P.args, **named: P.kwargs) -> None:
-        if not named.keys() <= init.__annotations__.keys():
-            known = ANSWERS | outside_groups(getattr(init, "__kwdefaults__", None) or {})
-            for word in sorted(named.keys() & known.keys() - init.__annotations__.keys()):
-                raise TypeError(f"{type(given[0]).__name__} takes no {word}=: {known[word]}")
-        init(*given, **named)
-
-    return constructor
-
-
-def outside_groups(defaults: Mapping[str, Any]) -> dict[str, str]:
-    """What to say of an option that is passed without its group, by the constructor's defaults."""
-    groups: dict[str, Any] = {
-        name: type(value) for name, value in defaults.items() if dataclasses.is_dataclass(value)
-    }
-    if "num_workers" in defaults:
-        groups["num_workers"] = Workers
-    return {
-        field.name: f"pass {name}={group.__name__}({field.name}=...)"
-        for name, group in groups.items()
-        for field in dataclasses.fields(group)
-    }
 
 
 class Mixture:

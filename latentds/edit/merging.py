@@ -16,8 +16,8 @@ from latentds.core.display import progress
 from latentds.core.storage import READ_BYTES, naming, sha256_file, write_atomically
 from latentds.edit.outputs import local_folder, new_data_set
 from latentds.errors import FormatError, InputError
+from latentds.loading.batch import check_mixable, joined_classes
 from latentds.loading.fields_of_view import warn_of_fields
-from latentds.loading.options import check_mixable, joined_classes
 from latentds.store.composing import Composer, complete
 from latentds.store.format import GOLDEN, Contract, pack_key
 from latentds.store.golden import MAX_GOLDEN, read_golden_table, renumbered

@@ -20,10 +20,10 @@ from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.display import progress
 from latentds.core.processes import choose_device
 from latentds.errors import DamagedPackError, InputError, unknown_name
-from latentds.loading.batch import check_codes
+from latentds.loading.batch import Vocabulary, check_codes, check_group
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.decoding import Decode, check_decode, make_decoder, make_integers
-from latentds.loading.options import Select, Vocabulary, check_group
+from latentds.loading.options import Select
 from latentds.loading.selection import select_rows
 from latentds.store.cache import CacheConfig
 from latentds.store.reader import ShardSet
@@ -74,13 +74,12 @@ class LatentArray(Dataset[Tensor]):
     ) -> None:
         check_decode(decode)
         check_group(select, Select, "select")
-        self.shards, self.device, self.decode = (
-            ShardSet(folder, cache=cache, reads_parts=select.chooses or not resident),
-            choose_device("cpu" if device == "auto" and not resident else device),
-            decode,
-        )
-        manifest = self.shards.manifest
-        rows = select_rows(self.shards, split, *select.unbalanced("LatentArray"))
+        chosen = select.unbalanced("LatentArray")
+        is_part = not resident or any(part is not None for part in chosen)
+        self.shards = ShardSet(folder, cache=cache, reads_parts=is_part)
+        self.device = choose_device("cpu" if device == "auto" and not resident else device)
+        self.decode, manifest = decode, self.shards.manifest
+        rows = select_rows(self.shards, split, *chosen)
         if rows is None:
             rows = np.arange(*(self.shards.patch_range(split) if split else (0, len(self.shards))))
         each = 8 + (manifest.contract.bytes_per_patch if resident else 0)  # 8 of a label

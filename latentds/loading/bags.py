@@ -18,7 +18,7 @@ from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.processes import choose_device, shared_zeros
 from latentds.core.randomness import key_of, shuffled
 from latentds.errors import InputError
-from latentds.loading.batch import check_codes
+from latentds.loading.batch import Vocabulary, check_codes, check_group
 from latentds.loading.decoding import (
     DECODES,
     Decode,
@@ -28,7 +28,7 @@ from latentds.loading.decoding import (
     make_decoder,
     make_integers,
 )
-from latentds.loading.options import Select, Vocabulary, check_group
+from latentds.loading.options import Select
 from latentds.loading.selection import select_rows
 from latentds.store.cache import CacheConfig
 from latentds.store.reader import ShardSet

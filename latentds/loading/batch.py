@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,14 +17,15 @@ from torch import Tensor
 
 from latentds.core.processes import shared_buffer
 from latentds.core.randomness import patch_seeds
-from latentds.errors import FormatError
+from latentds.errors import ContractError, FormatError, InputError
 from latentds.loading.decoding import make_integers
-from latentds.loading.options import Vocabulary
 from latentds.loading.order import Drawn
 from latentds.quantizers.scalar import AnyCodebook, dequantize_each
+from latentds.store.format import alike_names, joined_names
 from latentds.store.reader import ShardSet
 from latentds.views.view_batch import Views
 
+logger = logging.getLogger(__name__)
 Layout = list[tuple[str, torch.dtype, list[int], int]]  # name, dtype, shape, offset of every tensor
 Packed = tuple[Tensor, Layout, dict[str, Any]]
 LARGE = ("codes", "latents", "images", "masks")
@@ -184,6 +186,84 @@ def unpack(buffer: Tensor, layout: Layout, rest: dict[str, Any]) -> Batch:
     return Batch(**tensors, **rest)
 
 
+class Vocabulary:
+    """What the numbers of several sets mean together.
+
+    sets        they must share latent_id, encoding, shapes and patch size
+    given       numbers of label names that others chose; InputError unless all names are among them
+    classes     label names of all sets, in their own order where that is one; where numbers were
+                given, by them, and "" for a number without a name
+    codebooks   the distinct codebooks
+    books       for every set, which of them its own ones are, by their number in its manifest
+    """
+
+    def __init__(self, sets: Sequence[ShardSet], given: Mapping[str, int] | None = None) -> None:
+        check_mixable(sets)
+        self.classes = joined_classes(sets, is_told=given is None)
+        self.number = {name: index for index, name in enumerate(self.classes)}
+        if given is not None:
+            self.number = dict(given)
+            self.classes = named_numbers(given, self.classes, sets[0].folder)
+        # The last entry is for -1, no label.
+        self.labels = [
+            np.array([*(self.number[name] for name in shards.manifest.classes), -1])
+            for shards in sets
+        ]
+        books: dict[str, AnyCodebook] = {}
+        for shards in sets:
+            for codebook in shards.manifest.codebooks:
+                books.setdefault(codebook.codebook_id, codebook)
+        self.codebooks = list(books.values())
+        place = {identity: index for index, identity in enumerate(books)}
+        self.books = [
+            np.array([place[book.codebook_id] for book in shards.manifest.codebooks])
+            for shards in sets
+        ]
+
+
+def joined_classes(sets: Sequence[ShardSet], is_told: bool = True) -> list[str]:
+    """Label names of all sets; two that differ in case, spaces, - or _ alone are warned of."""
+    classes = joined_names([shards.manifest.classes for shards in sets])
+    if is_told and (alike := alike_names(classes)):
+        logger.warning(
+            "%s: classes %r and %r are two, and differ in case, spaces, - or _ alone; where they "
+            "are one, convert anew with one name",
+            ", ".join(str(shards.folder) for shards in sets), *alike,
+        )  # fmt: skip
+    return classes
+
+
+def named_numbers(given: Mapping[str, int], names: Sequence[str], where: str) -> list[str]:
+    """The names of `given` by their numbers; InputError where it cannot number `names`."""
+    lost = [name for name in names if name not in given]
+    if lost:
+        raise InputError(
+            f"{where}: class_to_idx has no number for {', '.join(map(repr, lost[:5]))} of its "
+            f"{len(names)} classes; number them all, or leave some out by where="
+        )
+    numbers = list(given.values())
+    if min(numbers, default=0) < 0 or len(set(numbers)) < len(numbers):
+        raise InputError(f"{where}: class_to_idx {dict(given)}: numbers are 0 or more, each once")
+    found = {number: name for name, number in given.items()}
+    return [found.get(number, "") for number in range(max(numbers, default=-1) + 1)]
+
+
+def check_mixable(sets: Sequence[ShardSet]) -> None:
+    """Refuse sets whose codes one decoder cannot read into one batch."""
+    first = sets[0].manifest.contract
+    for shards in sets[1:]:
+        contract = shards.manifest.contract
+        for name in ("latent_id", "encoding", "codes_shape", "latents_shape", "patch_px"):
+            if getattr(contract, name) != getattr(first, name):
+                raise ContractError(
+                    f"{shards.folder}: {name} {getattr(contract, name)}, but {sets[0].folder} has "
+                    f"{getattr(first, name)}; only sets of one latent_id, encoding, shape and "
+                    "patch size merge, or mix in one batch. 'latentds repack --encoding' codes one "
+                    "set of the same latents as another; latentds.loading.mixing.MixedLoader mixes "
+                    "them as pixels"
+                )
+
+
 class Collator:
     """Reads what was drawn.
 
@@ -295,3 +375,9 @@ def check_codes(
         fault = codebooks[number].find_fault(own)
         if fault is not None:
             raise FormatError(f"{shards.folder}: {fault}; damaged, fetch it anew")
+
+
+def check_group(value: object, kind: type[object], name: str) -> None:
+    """TypeError where a group of options is not given as one, `select="x > 5"` for example."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r}: pass {name}={kind.__name__}(...), as its help has it")

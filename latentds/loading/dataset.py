@@ -26,9 +26,9 @@ from latentds.core.processes import (
 from latentds.core.randomness import digest_of
 from latentds.core.storage import digest_json
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
-from latentds.loading.batch import Batch, Collator
+from latentds.loading.batch import Batch, Collator, check_group
 from latentds.loading.fields_of_view import warn_of_fields
-from latentds.loading.options import Mixture, Order, Select, as_mixture, check_group
+from latentds.loading.options import Mixture, Order, Select
 from latentds.loading.order import Batching, Drawn, LoaderState, PackSampler, check_state, join
 from latentds.loading.sampling import BALANCED, BalancedSampler, MixtureSampler, Sampler, SetSampler
 from latentds.loading.selection import select_rows
@@ -90,23 +90,24 @@ class LatentDataset(IterableDataset[Batch]):
         order: Order = Order(),
     ) -> None:
         check_asked(decode, bool(normalize), shuffle, select, order)
-        self.mixture = as_mixture(folder)
-        self.sets = [ShardSet(part, cache=cache) for part in self.mixture.folders]
+        self.mixture = folder if isinstance(folder, Mixture) else None
+        folders = folder.folders if isinstance(folder, Mixture) else [folder]
+        self.sets = [ShardSet(part, cache=cache) for part in folders]
         self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
         self.where, self.balance = select.where, select.balance
         self.slides = None if select.slides is None else list(select.slides)
-        self.is_mixture = isinstance(folder, Mixture)
-        self.rank, self.world_size = find_rank(order.rank, order.world_size)
-        self.samplers = [self.set_sampler(index, select) for index in range(len(self.sets))]
         chosen = [self.where, self.slides]
         if select.rows is not None:
             chosen.append(np.sort(np.asarray(select.rows)).tolist())
-        self.selection = digest_of(chosen) if select.chooses else None
+        self.selection = None if chosen == [None, None] else digest_of(chosen)
+        self.rank, self.world_size = find_rank(order.rank, order.world_size)
+        self.samplers = [self.set_sampler(index, select) for index in range(len(self.sets))]
         self.sampler: Sampler = self.samplers[0]
-        if isinstance(folder, Mixture):
+        if self.mixture is not None:
             warn_of_fields(self.sets, split)
-            self.sampler = MixtureSampler(self.samplers, folder.weights, seed, folder.epoch_patches)
-        if not select.chooses and self.balance is None and order.lanes == 1:  # all packs, here
+            weights, draws = self.mixture.weights, self.mixture.epoch_patches
+            self.sampler = MixtureSampler(self.samplers, weights, seed, draws)
+        if self.selection is None and self.balance is None and order.lanes == 1:  # all packs, here
             for shards in self.sets:
                 shards.pack_table.want_all(split, len(self.sets), bool(columns), masks)
         self.batching = Batching(
@@ -133,7 +134,7 @@ class LatentDataset(IterableDataset[Batch]):
         """The sampler of one set; a mixture's sets must not run through like orders."""
         shards, seed = self.sets[index], self.seed + (index << 32)
         rows = None
-        if select.chooses:
+        if self.selection is not None:
             rows = select_rows(shards, self.split, self.where, self.slides, select.rows, self.sets)
         if self.balance is None:
             return PackSampler(shards, self.split, rows, seed, self.shuffle)
@@ -148,7 +149,8 @@ class LatentDataset(IterableDataset[Batch]):
     @functools.cached_property
     def statistics(self) -> ChannelStatistics:
         """Mean and standard deviation of every channel; of a mixture, of what is drawn from it."""
-        return self.statistics_given or pool_sets(self.sets, self.mixture.weights)
+        weights = [1.0] if self.mixture is None else self.mixture.weights
+        return self.statistics_given or pool_sets(self.sets, weights)
 
     def normalized_codebooks(self) -> list[AnyCodebook]:
         """The distinct codebooks of the sets, what they give normalized by `statistics`."""
@@ -291,7 +293,8 @@ class LatentDataset(IterableDataset[Batch]):
         manifests = [shards.manifest for shards in self.sets]
         ids = [manifest.dataset_id for manifest in manifests]
         revisions = [shards.revision for shards in self.sets]
-        drawn, single = [self.mixture.weights, self.mixture.epoch_patches], len(ids) == 1
+        mixture, single = self.mixture, len(ids) == 1
+        drawn = mixture and digest_of([mixture.weights, mixture.epoch_patches])
         return LoaderState(
             dataset_id=ids[0] if single else digest_json(ids),
             latent_id=manifests[0].contract.latent_id,
@@ -304,7 +307,7 @@ class LatentDataset(IterableDataset[Batch]):
             lanes=self.batching.lanes,
             balance=self.balance,
             selection=self.selection,
-            mixture=digest_of(drawn) if self.is_mixture else None,
+            mixture=drawn,
             epoch=epoch,
             batch=batch,
         )

@@ -99,7 +99,4 @@ MAKERS = {
     "phikon-like": lambda folder: load_embedder(f"phikon-v2@{save_phikon(folder / 'p')}"),
     "efficientnet-lite0": lambda folder: load_embedder("efficientnet-lite0"),
     "nic": lambda folder: load_embedder(save_nic(folder / "n.safetensors")),
-    "nic-quarters": lambda folder: load_embedder(
-        f"nic-quarters:{save_nic(folder / 'n.safetensors')}"
-    ),
 }

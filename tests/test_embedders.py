@@ -249,26 +249,14 @@ def test_nic_pools_a_patch_to_one_field(tmp_path):
 def test_nic_is_loaded_from_a_path_with_an_at_sign(tmp_path):
     (tmp_path / "me@site").mkdir()
     path = save_nic(tmp_path / "me@site" / "n.safetensors")
-    for name in (str(path), f"nic:{path}", f"nic-quarters:{path}"):
+    for name in (str(path), f"nic:{path}"):
         assert load_embedder(name).card.dim
 
 
-def test_nic_quarters_average_four_fields(tmp_path):
-    path = save_nic(tmp_path / "n.safetensors")
-    whole, quarters = load_embedder(f"nic:{path}"), load_embedder(f"nic-quarters:{path}")
-    images = random_images(2, 256, 256)
-    corners = [images[..., y : y + 128, x : x + 128] for y in (0, 128) for x in (0, 128)]
-    expected = torch.stack([whole.embed(corner) for corner in corners]).mean(0)
-    torch.testing.assert_close(quarters.embed(images), expected, atol=1e-5, rtol=0)
-    assert whole.card.rule != quarters.card.rule
-    assert whole.card.weights_id == quarters.card.weights_id
-
-
-@pytest.mark.parametrize(("rule", "edge"), [("nic", 63), ("nic-quarters", 127)])
-def test_nic_refuses_pictures_too_small_for_a_field(tmp_path, rule, edge):
-    embedder = load_embedder(f"{rule}:{save_nic(tmp_path / 'n.safetensors')}")
-    with pytest.raises(ShapeError, match=f"{edge}x{edge} px"):
-        embedder.embed(random_images(1, edge, edge))
+def test_nic_refuses_pictures_too_small_for_a_field(tmp_path):
+    embedder = load_embedder(f"nic:{save_nic(tmp_path / 'n.safetensors')}")
+    with pytest.raises(ShapeError, match="63x63 px"):
+        embedder.embed(random_images(1, 63, 63))
 
 
 def jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
@@ -278,11 +266,10 @@ def jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("rule", ["nic", "nic-quarters"])
 @pytest.mark.parametrize("name", ["encoder_bigan", "encoder_multitask-4"])
-def test_pathology_encoders_find_a_patch_in_its_jpeg(assets, name, rule):
+def test_pathology_encoders_find_a_patch_in_its_jpeg(assets, name):
     """A patch and its JPEG are nearer than any two fields of different patients' tissue."""
-    embedder = load_embedder(f"{rule}:{assets}/features/nic_pathology/{name}.safetensors")
+    embedder = load_embedder(f"nic:{assets}/features/nic_pathology/{name}.safetensors")
     files = sorted((assets / "tiles" / "tcga_gbm").rglob("*.png"))[::6]
     pixels = [np.asarray(Image.open(file).convert("RGB"))[:256, :256] for file in files]
     images = torch.cat([as_images(p) for p in pixels])

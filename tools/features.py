@@ -37,7 +37,7 @@ class Config(PatchInput):
     embedder: tuple[str, ...]
     """One or several embedders, for which patches are decoded once: uni, virchow2, ...
     (--list-embedders) or timm:NAME, each with @FILE for weights in a local file; timm-dir:FOLDER,
-    timm:hf-hub:ORG/NAME; nic:FILE, nic-quarters:FILE; or FILE.py:FUNCTION, a local file whose
+    timm:hf-hub:ORG/NAME; nic:FILE; or FILE.py:FUNCTION, a local file whose
     function makes an embedder."""
     out: Path
     """Folder to write: features_<embedder>/SLIDE.h5, patches/SLIDE_patches.h5, labels.csv,

@@ -19,7 +19,7 @@ from latentds.errors import InputError, ShapeError, WeightsError, unknown_name
 __all__ = ["Embedder", "EmbedderCard", "NetworkEmbedder", "embedder_loader", "load_embedder"]
 
 PATTERNS = (  # beside the names on the cards
-    *("nic:FILE", "nic-quarters:FILE", "timm:NAME", "timm-dir:FOLDER", "timm:hf-hub:ORG/NAME"),
+    *("nic:FILE", "timm:NAME", "timm-dir:FOLDER", "timm:hf-hub:ORG/NAME"),
     *("latent-dir:FOLDER", "FILE.py:FUNCTION"),
 )
 
@@ -34,8 +34,7 @@ def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False)
                   timm's format, as `pretrain` leaves it; `latent-dir:FOLDER[@AUTOENCODER]` for one
                   that reads latents, which images are encoded to; `timm:hf-hub:ORG/NAME[@REVISION]`
                   for one on the Hub. `nic:FILE.safetensors`, or the file alone, for a pathology
-                  encoder of Neural Image Compression that takes a patch as one field;
-                  `nic-quarters:FILE.safetensors` for the mean over fields of 128 px
+                  encoder of Neural Image Compression, which takes a patch as one field
     native        feed whole images, neither resized nor cropped (transformers of CARDS, folders):
                   both edges must be multiples of the network's patch of 16 or 14 px
     raises        UnknownNameError, WeightsError (what is missing, how to get it),
@@ -83,11 +82,11 @@ def embedder_loader(
         return partial(load_named, name.removeprefix("timm:"), path)
     if name in CARDS:
         return partial(load_card, name, path, native)
-    is_nic = kind in ("nic", "nic-quarters") and bool(rest)
+    is_nic = kind == "nic" and bool(rest)
     if is_nic or text.endswith(".safetensors"):
         from latentds.embedders.nic import load_nic
 
-        return partial(load_nic, Path(rest), kind) if is_nic else partial(load_nic, Path(text))
+        return partial(load_nic, Path(rest if is_nic else text))
     if os.sep in text:
         raise WeightsError(f"{text}: which network is it of? Pass its name too, as in 'uni@{text}'")
     raise unknown_name("embedder", name, [*CARDS, *ALIASES, *PATTERNS])

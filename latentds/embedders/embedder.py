@@ -79,23 +79,18 @@ class Preparation(nn.Module):
     Differentiable, float32, never clamped or rounded, so that a decoder trained through it is told
     of values out of range. Pillow, which rounds, differs by about a level of 255 at most, and by
     more only where it clips what bicubic resizing overshoots.
-
-    stretch_px  (H, W) that whole images are resized to, whatever their shape, instead of the
-                card's resizing and crop; None for those
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, card: EmbedderCard, stretch_px: tuple[int, int] | None = None) -> None:
+    def __init__(self, card: EmbedderCard) -> None:
         super().__init__()
-        self.card, self.stretch_px = card, stretch_px
+        self.card = card
         self.register_buffer("mean", torch.tensor(card.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(card.std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.stretch_px and images.shape[-2:] != self.stretch_px:
-            images = resize(images, self.stretch_px, self.card.interpolation)
         if self.card.resize_px:
             images = resize_shorter_edge(images, self.card.resize_px, self.card.interpolation)
         if self.card.input_px:
@@ -127,11 +122,6 @@ def resize_shorter_edge(images: Tensor, edge_px: int, interpolation: str) -> Ten
     if shorter == edge_px:
         return images
     size = (edge_px * height // shorter, edge_px * width // shorter)
-    return resize(images, size, interpolation)
-
-
-def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Images (B, 3, H, W) of that size, antialiased."""
     return functional.interpolate(
         images, size, mode=interpolation, antialias=True, align_corners=False
     )

@@ -17,18 +17,13 @@ from latentds.embedders.weights import fill, read_weights
 from latentds.errors import ShapeError
 
 WIDTH = 128  # channels of every layer, and of the embedding
-FIELD_PX = 128  # edge of what the encoders were made for, at 0.5 micrometres a pixel
-SEEN_PX = 64  # edge of the same field after the encoders' own pooling
-RULES = {
-    "nic": (
-        "the whole patch is one field, mean-pooled to 128 px, then to 64 px: right for 256 px at "
-        "0.25 micrometres a pixel and 128 px at 0.5; scaled to [-1, 1]"
-    ),
-    "nic-quarters": (
-        "fields of 128 px (four in a patch of 256 px; centred, the rest cut off), each mean-pooled "
-        "to 64 px, embeddings averaged: right at 0.5 micrometres a pixel; scaled to [-1, 1]"
-    ),
-}
+SEEN_PX = (
+    64  # edge of a field of 128 px, at 0.5 micrometres a pixel, after the encoders' own pooling
+)
+RULE = (
+    "the whole patch is one field, mean-pooled to 128 px, then to 64 px: right for 256 px at "
+    "0.25 micrometres a pixel and 128 px at 0.5; scaled to [-1, 1]"
+)
 
 
 class NicEncoder(nn.Module):
@@ -41,15 +36,11 @@ class NicEncoder(nn.Module):
             setattr(self, f"bn{i}", nn.BatchNorm2d(WIDTH, eps=1e-3))  # Keras's default eps
         self.fc = nn.Linear(WIDTH * 3 * 3, WIDTH)
 
-    def convolved(self, x: Tensor) -> Tensor:
-        """What the convolutions make of images of any size."""
+    def forward(self, fields: Tensor) -> Tensor:
         for i in range(4):
             conv, norm = getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
-            x = norm(functional.leaky_relu(conv(x), 0.2))
-        return x
-
-    def forward(self, fields: Tensor) -> Tensor:
-        embeddings: Tensor = self.fc(self.convolved(fields).flatten(1))
+            fields = norm(functional.leaky_relu(conv(fields), 0.2))
+        embeddings: Tensor = self.fc(fields.flatten(1))
         return embeddings
 
 
@@ -64,42 +55,15 @@ class OneField(nn.Module):
         return functional.adaptive_avg_pool2d(images, SEEN_PX) * 2 - 1
 
 
-class Quarters(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] to embeddings (B, 128), the mean over fields of 128 px."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        rows, columns = height // FIELD_PX, width // FIELD_PX
-        if not (rows and columns):
-            raise ShapeError(
-                f"nic-quarters: images of {width}x{height} px; at least 128 px are wanted"
-            )
-        top, left = (height - rows * FIELD_PX) // 2, (width - columns * FIELD_PX) // 2
-        kept = images[..., top : top + rows * FIELD_PX, left : left + columns * FIELD_PX]
-        cells = functional.avg_pool2d(kept, FIELD_PX // SEEN_PX) * 2 - 1
-        fields = cells.reshape(len(images), 3, rows, SEEN_PX, columns, SEEN_PX)
-        fields = fields.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        embeddings: Tensor = self.encoder(fields)
-        return embeddings.reshape(len(images), rows * columns, -1).mean(1)
-
-
-def load_nic(path: Path, rule: str = "nic") -> NetworkEmbedder:
-    """A pathology encoder from its `.safetensors` file.
-
-    rule    nic: an image is one field; nic-quarters: the mean over its fields of 128 px
-    raises  WeightsError where the file is not this topology
-    """
+def load_nic(path: Path) -> NetworkEmbedder:
+    """A pathology encoder from its `.safetensors` file; WeightsError for another topology."""
     encoder = NicEncoder()
     fill(encoder, read_weights(path), path, "the NIC encoder")
     card = EmbedderCard(
-        name=f"{rule}:{path.stem}",
+        name=f"nic:{path.stem}",
         class_name="NicEncoder",
         dim=WIDTH,
-        rule=RULES[rule],
+        rule=RULE,
         resize_px=None,
         input_px=SEEN_PX,
         mean=(0.5, 0.5, 0.5),
@@ -108,6 +72,4 @@ def load_nic(path: Path, rule: str = "nic") -> NetworkEmbedder:
         licence="see the source of the file (MIT where published by Tellez et al.)",
         weights_id=hash_tensors(encoder.state_dict(), {}),
     )
-    if rule == "nic-quarters":
-        return NetworkEmbedder(card, Quarters(encoder), nn.Identity())
     return NetworkEmbedder(card, encoder, OneField())

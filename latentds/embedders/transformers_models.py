@@ -76,12 +76,11 @@ def load_dinov2(name: str, folder: Path | None = None, native: bool = False) -> 
         revision=revision,
         weights_id=hash_tensors(read_weights(folder / "model.safetensors"), {}),
     )
-    stretch_px = None
     if not has_mean:
-        card, stretch_px = published_rule(card, folder / PUBLISHED)
+        card = published_rule(card, folder / PUBLISHED)
     if native:
-        card, stretch_px = without_resizing(card), None
-    prepare, tokens = Preparation(card, stretch_px), Tokens(network)
+        card = without_resizing(card)
+    prepare, tokens = Preparation(card), Tokens(network)
     pooled = ClassToken(tokens, mean_from=1 if has_mean else None)
     return NetworkEmbedder(card, pooled, prepare, checkpoint=tokens.checkpoint_gradients)
 
@@ -131,26 +130,21 @@ def pretrained(folder: Path, model_type: str, what: str, extra: str) -> tuple[An
     return network, sorted(report["missing_keys"])
 
 
-def published_rule(card: EmbedderCard, path: Path) -> tuple[EmbedderCard, tuple[int, int] | None]:
-    """The card with what a preprocessor_config.json says, and the (H, W) it stretches images to.
+def published_rule(card: EmbedderCard, path: Path) -> EmbedderCard:
+    """The card with the resizing, crop, mean and std that a preprocessor_config.json says.
 
-    The card as it is where there is no such file; None where nothing is stretched.
+    The card as it is where there is no such file; WeightsError for another kind of preparation.
     """
     if not path.is_file():
-        return card, None
+        return card
     try:
         said = json.loads(path.read_text())
-        if not said.get("do_rescale", True) or not said.get("do_normalize", True):
-            raise ValueError("it neither rescales nor normalizes")
-        size = said["size"] if said.get("do_resize", True) else {}
-        resize_px = int(size["shortest_edge"]) if "shortest_edge" in size else None
-        stretch_px = None if resize_px or not size else (int(size["height"]), int(size["width"]))
-        is_cropped = "crop_size" in said and said.get("do_center_crop", True)
-        crop = said["crop_size"] if is_cropped else None
-        if crop and crop["height"] != crop["width"]:
-            raise ValueError("its crop is not square")
-        input_px = int(crop["height"]) if crop else None
-        interpolation = INTERPOLATIONS[said["resample"]] if size else card.interpolation
+        steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+        crop = said["crop_size"]
+        if not all(said.get(step, True) for step in steps) or crop["height"] != crop["width"]:
+            raise ValueError("it does not resize, crop a square and normalize")
+        resize_px, input_px = int(said["size"]["shortest_edge"]), int(crop["height"])
+        interpolation = INTERPOLATIONS[said["resample"]]
         mean, std = tuple(said["image_mean"]), tuple(said["image_std"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
@@ -163,19 +157,6 @@ def published_rule(card: EmbedderCard, path: Path) -> tuple[EmbedderCard, tuple[
         interpolation=interpolation,
         mean=mean,
         std=std,
-        rule=describe_rule(resize_px, stretch_px, input_px, interpolation),
-    ), stretch_px
-
-
-def describe_rule(
-    resize_px: int | None, stretch_px: tuple[int, int] | None, input_px: int | None, how: str
-) -> str:
-    steps = []
-    if resize_px:
-        steps.append(f"shorter edge to {resize_px} px ({how})")
-    if stretch_px:
-        steps.append(f"stretched to {stretch_px[1]}x{stretch_px[0]} px ({how})")
-    if input_px:
-        steps.append(f"centre crop of {input_px} px")
-    steps.append("mean and std of preprocessor_config.json; class token")
-    return ", ".join(steps)
+        rule=f"shorter edge to {resize_px} px ({interpolation}), centre crop of {input_px} px, "
+        f"mean and std of {PUBLISHED}; class token",
+    )

@@ -3,8 +3,7 @@
 HIPT's ViT-S/16 (Chen et al., CVPR 2022) from its published file, github.com/mahmoodlab/HIPT's
 `vit256_small_dino.pth`, a checkpoint of DINO: timm's network carries the same tensor names, and its
 table of positions is of 14x14 cells where HIPT's patches have 16x16. Or any embedder whose network
-has such a map: timm's vision transformers and CNNs, Phikon-v2's Dinov2, the encoders of Neural
-Image Compression.
+has such a map: timm's vision transformers and CNNs, Phikon-v2's Dinov2.
 """
 # B batch, C channels, H W pixels, h w cells
 
@@ -24,7 +23,6 @@ from torch.nn import functional
 
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders import NetworkEmbedder, load_embedder
-from latentds.embedders.nic import FIELD_PX, SEEN_PX, NicEncoder
 from latentds.embedders.timm_models import outline
 from latentds.embedders.weights import resample_positions
 from latentds.errors import ShapeError, WeightsError
@@ -38,7 +36,6 @@ WRAPPERS = ("teacher", "student", "state_dict", "model")  # where a file may kee
 PREFIXES = ("module.", "backbone.", "encoder.")
 NAMED = 3  # tensors that an error lists
 READ_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError)
-NIC_CELL_PX = 16  # stride of its four convolutions, in pixels after pooling
 
 
 class DenseEncoder(nn.Module):
@@ -135,10 +132,6 @@ def of_embedder(embedder: NetworkEmbedder, input_px: int, grid: int) -> DenseEnc
         return DenseEncoder(
             network, dinov2_map, channels=channels, input_px=edge, grid=grid, **facts
         )
-    encoder: Any = getattr(network, "encoder", network)  # nic-quarters wraps its encoder
-    if isinstance(encoder, NicEncoder):
-        pooled_px = FIELD_PX // SEEN_PX * (1 if encoder is not network else 2)
-        return of_nic(encoder, input_px, grid, pooled_px, facts)
     raise ShapeError(f"{card.name}: its network ({type(network).__name__}) has no map of features")
 
 
@@ -168,19 +161,6 @@ def of_timm(network: Any, input_px: int, grid: int, facts: dict[str, Any]) -> De
     return DenseEncoder(network, timm_map, channels=channels, input_px=edge, grid=grid, **facts)
 
 
-def of_nic(
-    network: NicEncoder, input_px: int, grid: int, pooled_px: int, facts: dict[str, Any]
-) -> DenseEncoder:
-    """The embeddings of fields of 64 pooled pixels around every cell of 16 of them."""
-    edge = nearest_multiple(input_px, pooled_px * NIC_CELL_PX)
-
-    def mapper(encoder: NicEncoder, prepared: Tensor) -> Tensor:
-        return nic_map(encoder, functional.avg_pool2d(prepared, pooled_px))
-
-    channels = network.fc.out_features
-    return DenseEncoder(network, mapper, channels=channels, input_px=edge, grid=grid, **facts)
-
-
 def timm_map(network: Any, prepared: Tensor) -> Tensor:
     """Last features of a timm network: a CNN's map, or a transformer's tokens after its prefix."""
     features: Tensor = network.forward_features(prepared)
@@ -193,19 +173,6 @@ def timm_map(network: Any, prepared: Tensor) -> Tensor:
 def dinov2_map(network: Any, prepared: Tensor) -> Tensor:
     """Patch tokens of transformers' Dinov2, which interpolates position embeddings by itself."""
     return as_map(network(pixel_values=prepared).last_hidden_state[:, 1:])
-
-
-def nic_map(encoder: NicEncoder, pooled: Tensor) -> Tensor:
-    """The encoder run over an image: its dense layer as a convolution over 3x3 cells.
-
-    pooled   (B, 3, H, W) in [-1, 1], edges multiples of 16
-    returns  (B, 128, H/16, W/16), each cell the embedding of the 64 px around its middle; beyond
-             the border the image is mirrored
-    """
-    margin = (SEEN_PX - NIC_CELL_PX) // 2
-    x = encoder.convolved(functional.pad(pooled, (margin,) * 4, mode="reflect"))
-    weight = encoder.fc.weight.view(encoder.fc.out_features, -1, 3, 3)
-    return functional.conv2d(x, weight, encoder.fc.bias)
 
 
 def as_map(tokens: Tensor) -> Tensor:

@@ -223,7 +223,7 @@ class SampathConfig(PatchInput, EngineOptions):
     tiny-random for a quick try."""
     pathology_encoder: str | None = None
     """Encoder beside SAM's: hipt@FILE for HIPT's vit256_small_dino.pth, or an embedder with a
-    feature map (uni, phikon-v2, nic:FILE, timm:NAME, ...)."""
+    feature map (uni, phikon-v2, timm:NAME, ...)."""
     unet_encoder: str = "resnet18"
     """Encoder of --model unet, by its name in segmentation_models_pytorch."""
     unet_channels: tuple[int, ...] = (256, 128, 64, 32, 16)

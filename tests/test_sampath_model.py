@@ -1,7 +1,6 @@
 """SAM-Path: what is frozen, what is trained, what it is loaded from, what it refuses."""
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -20,10 +19,10 @@ from tests.small_embedders import MAKERS, random_images, save_phikon
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
 
-from latentds.models.sampath_network import SAM_SIZES, SamPath, build_sampath, load_sam
+from latentds.models.sampath_network import SamPath, build_sampath, load_sam
 
 TINY = "tiny-random"
-GRID = SAM_SIZES["tiny"].image_px // 16
+GRID, HIDDEN, WIDTH = 16, 96, 64
 
 
 def tiny(labels: int = 3, **options: object) -> SamPath:
@@ -147,16 +146,15 @@ def test_features_are_those_before_sams_neck():
     with torch.no_grad():
         expected = sam.vision_encoder((images - encoders.mean) / encoders.std).last_hidden_state
         features = encoders(images)
-        assert features.shape == (1, GRID, GRID, SAM_SIZES["tiny"].hidden)
+        assert features.shape == (1, GRID, GRID, HIDDEN)
         torch.testing.assert_close(sam.vision_encoder.neck(features), expected)
 
 
 def test_features_of_the_pathology_encoder_come_after_those_of_sam():
     alone, both = tiny().encoders, tiny(pathology="efficientnet-lite0").encoders
     images = random_images(1, 256, 256)
-    hidden = SAM_SIZES["tiny"].hidden
-    assert both(images).shape[-1] == both.channels == hidden + 1280
-    torch.testing.assert_close(both(images)[..., :hidden], alone(images))
+    assert both(images).shape[-1] == both.channels == HIDDEN + 1280
+    torch.testing.assert_close(both(images)[..., :HIDDEN], alone(images))
 
 
 def test_the_decoder_is_sams_but_for_tokens_and_the_last_layer_of_the_iou_head():
@@ -183,19 +181,7 @@ def test_without_a_pathology_encoder_the_neck_starts_as_sams():
 def test_the_fusion_neck_takes_both_maps_to_the_width_of_the_decoder():
     neck = tiny(pathology="efficientnet-lite0").head.neck
     shapes = [tuple(neck.conv1.weight.shape), tuple(neck.conv2.weight.shape)]
-    size = SAM_SIZES["tiny"]
-    width = size.width
-    assert shapes == [(width, size.hidden + 1280, 1, 1), (width, width, 3, 3)]
-
-
-def test_base_has_the_dimensions_of_the_published_model():
-    from latentds.models.sampath_network import random_sam
-
-    with torch.device("meta"):
-        sam = random_sam(SAM_SIZES["base"], 0)
-    count = sum(parameter.numel() for parameter in sam.parameters())
-    assert count == 93_735_472 + 256  # SAM ViT-B's, and its positional encoding, a buffer there
-    assert sam.vision_encoder.pos_embed.shape == (1, 64, 64, 768)
+    assert shapes == [(WIDTH, HIDDEN + 1280, 1, 1), (WIDTH, WIDTH, 3, 3)]
 
 
 def test_the_same_seed_gives_the_same_model_and_leaves_torchs_state():
@@ -266,15 +252,6 @@ def test_pickled_weights_are_not_read(folder):
         load_sam(str(folder))
 
 
-@pytest.mark.parametrize("image_px", [250, 512])
-def test_an_image_size_that_does_not_fit_is_told(folder, image_px):
-    config = json.loads((folder / "config.json").read_text())
-    config["prompt_encoder_config"]["image_size"] = image_px
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=f"images of 256 px .* prompts {image_px} and 16 px"):
-        load_sam(str(folder))
-
-
 def test_images_in_8_bits_are_refused():
     with pytest.raises(ShapeError, match=r"images are torch\.uint8 \(1, 3, 256, 256\)"):
         tiny()(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))
@@ -289,16 +266,11 @@ def test_a_trained_head_is_all_that_is_kept(tmp_path):
     model = tiny()
     take_steps(model, 2)
     save_file(model.head.state_dict(), tmp_path / "head.safetensors")
-    again = tiny().load_trained(tmp_path / "head.safetensors")
+    again = tiny()
+    again.head.load_state_dict(load_file(tmp_path / "head.safetensors"))
     images = random_images(1, 256, 256)
     assert torch.equal(model.eval()(images)[0], again.eval()(images)[0])
     assert not any("vision" in name for name in model.head.state_dict())
-
-
-def test_a_head_of_other_classes_is_refused(tmp_path):
-    save_file(tiny().head.state_dict(), tmp_path / "head.safetensors")
-    with pytest.raises(WeightsError, match=r"mask_tokens\.weight' is \[4, 64\].* needs \[6, 64\]"):
-        tiny(labels=5).load_trained(tmp_path / "head.safetensors")
 
 
 def test_hipt_is_read_from_dinos_checkpoint(hipt, hipt_network):
@@ -325,13 +297,15 @@ def test_a_hipt_file_with_missing_tensors_names_some(hipt_network, tmp_path):
     tensors = hipt_network.state_dict()
     kept = {name: t for name, t in tensors.items() if not name.startswith("blocks.11.")}
     torch.save(dino_checkpoint(kept), tmp_path / "cut.pth")
-    with pytest.raises(WeightsError, match=r"are missing: blocks\.11\.norm1\.weight.*9 more"):
+    with pytest.raises(
+        WeightsError, match=r"'blocks\.11\.norm1\.weight' of HIPT's ViT-S/16 is missing"
+    ):
         load_dense_encoder(f"hipt@{tmp_path / 'cut.pth'}", 256, 16)
 
 
 def test_a_file_of_another_network_is_not_hipt(tmp_path):
     torch.save({"layers.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match="of HIPT's ViT-S/16 are missing: cls_token"):
+    with pytest.raises(WeightsError, match="'cls_token' of HIPT's ViT-S/16 is missing"):
         load_dense_encoder(f"hipt@{tmp_path / 'other.pth'}", 256, 16)
 
 
@@ -339,7 +313,7 @@ def test_hipt_of_another_width_is_told(hipt_network, tmp_path):
     tensors = dict(hipt_network.state_dict())
     tensors["pos_embed"] = torch.zeros(1, 50, 384)
     torch.save(tensors, tmp_path / "odd.pth")
-    with pytest.raises(WeightsError, match=r"'pos_embed' is \(1, 50, 384\).*needs \(1, 197, 384\)"):
+    with pytest.raises(WeightsError, match=r"'pos_embed' is \[1, 50, 384\].*needs \[1, 197, 384\]"):
         load_dense_encoder(f"hipt@{tmp_path / 'odd.pth'}", 256, 16)
 
 

@@ -24,17 +24,16 @@ from torch.nn import functional
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders import NetworkEmbedder, load_embedder
 from latentds.embedders.timm_models import outline
-from latentds.embedders.weights import resample_positions
+from latentds.embedders.weights import fill, resample_positions
 from latentds.errors import ShapeError, WeightsError
 
 Mapper = Callable[[Any, Tensor], Tensor]  # network, prepared images -> (B, C, h, w)
 
-HIPT, HIPT_NETWORK, WHAT = "hipt", "vit_small_patch16_224", "HIPT's ViT-S/16"
+HIPT, HIPT_NETWORK = "hipt", "vit_small_patch16_224"
 HIPT_MEAN = HIPT_STD = (0.5, 0.5, 0.5)
 HEADS = ("head.", "classifier.", "fc.")  # of DINO's training, or of whoever fine-tuned it
 WRAPPERS = ("teacher", "student", "state_dict", "model")  # where a file may keep the tensors
 PREFIXES = ("module.", "backbone.", "encoder.")
-NAMED = 3  # tensors that an error lists
 READ_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError)
 
 
@@ -194,20 +193,9 @@ def fitted(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def load_hipt(path: Path) -> Any:
-    """The network with the file's weights, without a head; WeightsError names what is missing."""
+    """The network with the file's weights, without a head."""
     network = outline(HIPT_NETWORK)
-    tensors = read_checkpoint(path)
-    wanted = network.state_dict()
-    missing = [name for name in wanted if name not in tensors]
-    foreign = [name for name in tensors if name not in wanted]
-    odd = [n for n, t in tensors.items() if n in wanted and t.shape != wanted[n].shape]
-    for names, what in ((missing, "are missing"), (foreign, "have no place in it")):
-        if names:
-            raise WeightsError(f"{path}: tensors of {WHAT} {what}: {some(names)}")
-    if odd:
-        seen, right = (tuple(of[odd[0]].shape) for of in (tensors, wanted))
-        raise WeightsError(f"{path}: tensor {odd[0]!r} is {seen}, {WHAT} needs {right}")
-    network.load_state_dict(tensors, assign=True)
+    fill(network, read_checkpoint(path), path, "HIPT's ViT-S/16")
     return network
 
 
@@ -234,8 +222,6 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         for name, tensor in inner.items()
         if isinstance(tensor, Tensor)
     }
-    if not tensors:
-        raise WeightsError(f"{path}: no tensors by name; it holds {some(list(inner))}")
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
 
 
@@ -244,8 +230,3 @@ def plain_name(name: str) -> str:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
-
-
-def some(names: list[str]) -> str:
-    listed = ", ".join(map(str, names[:NAMED])) or "nothing"
-    return listed if len(names) <= NAMED else f"{listed} and {len(names) - NAMED} more"

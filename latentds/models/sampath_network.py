@@ -10,7 +10,6 @@ small and random.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders.embedder import IMAGENET_MEAN, IMAGENET_STD, EmbedderCard
 from latentds.embedders.transformers_models import load_transformers, pretrained
-from latentds.embedders.weights import fetch, fill, read_weights
+from latentds.embedders.weights import fetch
 from latentds.errors import ShapeError, WeightsError, unknown_name
 from latentds.models.dense_encoders import DenseEncoder, fitted, load_dense_encoder
 
@@ -31,7 +30,7 @@ HUB = {  # names on the Hub, under Apache-2.0
     )
     for name in ("facebook/sam-vit-base", "facebook/sam-vit-large", "facebook/sam-vit-huge")
 }
-RANDOM, EXTRA = "-random", "evaluate"
+RANDOM, EXTRA = "tiny-random", "evaluate"
 NAMED = 3  # tensors that an error lists
 
 
@@ -133,14 +132,6 @@ class SamPath(nn.Module):
         logits, iou = self.head(features, (height, width))
         return logits, iou
 
-    def load_trained(self, path: Path) -> SamPath:
-        """Self, with a head's weights from a safetensors file.
-
-        raises  WeightsError where a tensor is missing, or has another shape, as with other classes
-        """
-        fill(self.head, read_weights(path), path, "the SAM-Path head")
-        return self
-
 
 def build_sampath(
     sam: str = "facebook/sam-vit-base",
@@ -152,7 +143,7 @@ def build_sampath(
     """A SAM-Path model, float32, on the CPU, its head ready to be trained.
 
     sam        a repository of the Hub, a local folder with config.json and model.safetensors,
-               NAME@FOLDER, or SIZE-random with a size of SAM_SIZES: random weights
+               NAME@FOLDER, or tiny-random: a small one of random weights
     pathology  `hipt@FILE` or an embedder's name (see `load_dense_encoder`); None for SAM alone,
                whose own neck is trained then
     labels     K: classes and 0 for "not labelled"
@@ -207,47 +198,15 @@ def prompted(sam: Any, labels: int) -> Any:
     return decoder
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamSize:
-    """How large a SAM of random weights is.
-
-    image_px  edge of the square image it sees
-    hidden, layers, heads, windows  of the image encoder; every fourth layer sees the whole image
-    width     of the mask decoder
-    """
-
-    image_px: int
-    hidden: int
-    layers: int
-    heads: int
-    window: int = 14
-    width: int = 256
-    decoder_heads: int = 8
-    mlp: int = 2048
-
-
-SAM_SIZES = {
-    "tiny": SamSize(
-        image_px=256, hidden=96, layers=4, heads=3, window=8, width=64, decoder_heads=4, mlp=128
-    ),
-    "small": SamSize(image_px=512, hidden=384, layers=8, heads=6),
-    "base": SamSize(image_px=1024, hidden=768, layers=12, heads=12),  # facebook/sam-vit-base's
-}
-
-
 def load_sam(name: str, seed: int = 0) -> tuple[Any, str]:
     """transformers' SamModel, float32, on the CPU, and the hash of its weights.
 
     name    a repository of the Hub (facebook/sam-vit-base), a local folder with config.json and
-            model.safetensors, NAME@FOLDER for both, or SIZE-random for random weights
+            model.safetensors, NAME@FOLDER for both, or tiny-random for random weights
     seed    of random weights
     raises  WeightsError, UnknownNameError, MissingExtraError
     """
-    size = name.removesuffix(RANDOM)
-    if name.endswith(RANDOM) and size in SAM_SIZES:
-        sam = random_sam(SAM_SIZES[size], seed)
-    else:
-        sam = read_folder(find_folder(name))
+    sam = random_sam(seed) if name == RANDOM else read_folder(find_folder(name))
     return sam, hash_tensors(sam.state_dict(), {})
 
 
@@ -259,8 +218,7 @@ def find_folder(name: str) -> Path:
     if known not in HUB:
         if name.startswith((".", "/", "~")):
             raise WeightsError(f"{name}: no such folder; one with {' and '.join(FILES)} is wanted")
-        sizes = [f"{size}{RANDOM}" for size in SAM_SIZES]
-        raise unknown_name("SAM", name, [*HUB, *sizes, "FOLDER"])
+        raise unknown_name("SAM", name, [*HUB, RANDOM, "FOLDER"])
     return fetch(HUB[known], FILES)[0]
 
 
@@ -271,44 +229,30 @@ def read_folder(folder: Path) -> Any:
         raise WeightsError(
             f"{folder}: {len(missing)} tensors of SAM are missing: {', '.join(missing[:NAMED])} ..."
         )
-    check_grid(sam.config, folder)
     return sam
 
 
-def check_grid(config: Any, folder: Path) -> None:
-    """WeightsError where image and prompt encoder do not divide one square into whole patches."""
-    image, prompt = (
-        (part.image_size, part.patch_size)
-        for part in (config.vision_config, config.prompt_encoder_config)
-    )
-    if image != prompt or image[0] % image[1]:
-        raise WeightsError(
-            f"{folder}/config.json: images of {image[0]} px in patches of {image[1]} px, for "
-            f"prompts {prompt[0]} and {prompt[1]} px; one size, of whole patches, is wanted"
-        )
-
-
-def random_sam(size: SamSize, seed: int) -> Any:
-    """A SamModel of random weights, the same for the same seed; torch's own state is kept."""
+def random_sam(seed: int) -> Any:
+    """A small SamModel of random weights, the same for the same seed; torch's state is kept."""
     transformers = load_transformers(EXTRA)
-    edges = {"image_size": size.image_px, "patch_size": 16}
+    edges, width = {"image_size": 256, "patch_size": 16}, 64
     config = transformers.SamConfig(
         vision_config=edges
         | {
-            "hidden_size": size.hidden,
-            "num_hidden_layers": size.layers,
-            "num_attention_heads": size.heads,
-            "window_size": size.window,
-            "global_attn_indexes": list(range(size.layers // 4 - 1, size.layers, size.layers // 4)),
-            "output_channels": size.width,
-            "num_pos_feats": size.width // 2,
+            "hidden_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "window_size": 8,
+            "global_attn_indexes": [0, 1, 2, 3],
+            "output_channels": width,
+            "num_pos_feats": width // 2,
         },
-        prompt_encoder_config=edges | {"hidden_size": size.width},
+        prompt_encoder_config=edges | {"hidden_size": width},
         mask_decoder_config={
-            "hidden_size": size.width,
-            "num_attention_heads": size.decoder_heads,
-            "mlp_dim": size.mlp,
-            "iou_head_hidden_dim": size.width,
+            "hidden_size": width,
+            "num_attention_heads": 4,
+            "mlp_dim": 128,
+            "iou_head_hidden_dim": width,
         },
     )
     with torch.random.fork_rng(devices=[]):

@@ -159,31 +159,13 @@ def test_wsistream_loop_gets_its_keys():
     assert batch["patient_id"] == batch["slide_path"]
 
 
-def test_wsistream_views_have_names_and_may_be_bytes():
+def test_wsistream_views_have_names():
     batch = batch_of_views(4)
-    named = wsistream_batch(batch, output_dtype="uint8")
+    named = wsistream_batch(batch)
     assert {name for name in named if "_" in name and name[-1].isdigit()} == {
         *("global_0", "global_1", "local_0", "local_1", "local_2")
     }
-    assert "image" not in named and named["local_0"].dtype == torch.uint8
-    assert torch.equal(named["global_1"], (batch.views.globals[1] * 255).round().byte())
-    with pytest.raises(ValueError, match="'float16'"):
-        wsistream_batch(batch, output_dtype="float16")
-
-
-@pytest.mark.parametrize("scale", [(0.5, 0.2), (0.6, 0.9)])
-def test_wsistream_bytes_are_refused_for_normalized_images(scale):
-    batch = batch_of_views(4)
-    batch.views = batch.views.map(lambda crops: (0.2 + 0.6 * crops - scale[0]) / scale[1])
-    with pytest.raises(InputError, match="cannot be uint8"):
-        wsistream_batch(batch, output_dtype="uint8")
-
-
-def test_wsistream_bytes_forgive_what_resizing_overshoots():
-    batch = batch_of_views(4)
-    batch.views.locals[:, :, :, 0] = 1.1  # an edge of 28 rows
-    named = wsistream_batch(batch, output_dtype="uint8")
-    assert (named["local_0"][:, :, 0] == 255).all()
+    assert "image" not in named and torch.equal(named["global_1"], batch.views.globals[1])
 
 
 def test_slide2vec_reads_tiles_by_the_tilings_numbers():

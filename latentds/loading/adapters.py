@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,6 @@ from latentds.sources.names import patient_of
 from latentds.views.view_batch import Views
 
 UNKNOWN = -1.0  # what wsistream writes where mpp is not known
-# Bicubic resizing leaves [0, 1] by less and at edges only; normalizing by more, or in many places.
-OVERSHOOT, SLIGHT, OUTSIDE = 0.25, 0.02, 0.05
 
 
 class MappedLoader:
@@ -181,20 +179,15 @@ def name_hash(name: str) -> int:
     return int.from_bytes(digest, "big") & (2**63 - 1)
 
 
-def wsistream_batch(batch: Batch, output_dtype: str = "float32") -> dict[str, Any]:
+def wsistream_batch(batch: Batch) -> dict[str, Any]:
     """A batch under the names that wsistream's data set gives it.
-
-    output_dtype  "float32", or "uint8" for images in [0, 1] times 255
 
     image  (B, 3, H, W); with views instead global_0, global_1, ..., local_0, ...
     x, y   int64 (B,), pixels of level 0; -1 where unknown
     mpp, tissue_fraction   float64 (B,); -1 where unknown, which tissue_fraction always is
     slide_path, patient_id  lists of B: the slide's name and its patient, "" where unknown
-    raises  ValueError for another dtype, InputError where uint8 is asked of normalized images
     source  RamonKaspar/wsistream, src/wsistream/torch.py and docs (MIT; read, not copied)
     """
-    if output_dtype not in ("float32", "uint8"):
-        raise ValueError(f"output_dtype={output_dtype!r}; 'float32' or 'uint8'")
     pictures = {"image": batch.images}
     if batch.views is not None:
         pictures = {
@@ -202,9 +195,6 @@ def wsistream_batch(batch: Batch, output_dtype: str = "float32") -> dict[str, An
             for kind in ("global", "local")
             for number, crops in enumerate(getattr(batch.views, f"{kind}s"))
         }
-    if output_dtype == "uint8":
-        check_unit(pictures.values())
-        pictures = {name: to_bytes(images) for name, images in pictures.items()}
     names = [name or "" for name in batch.slides]
     mpp = batch.mpp.double()
     return pictures | {
@@ -244,7 +234,7 @@ class TileReader:
         places = self.places[np.asarray(tile_indices, np.int64)]
         if not len(places):
             return torch.empty((0, 3, *self.array.shards.manifest.contract.patch_px)).byte()
-        return to_bytes(self.array[places]).cpu()
+        return (self.array[places].float().clamp(0, 1) * 255).round().byte().cpu()
 
 
 class MilBags(Dataset[dict[str, Tensor]]):
@@ -285,32 +275,6 @@ def views_of(batch: Batch) -> Views:
         raise InputError("a batch without views; open LatentLoader(..., views=MultiCrop(...))")
     views: Views = batch.views
     return views
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] as uint8."""
-    return (images.float().clamp(0, 1) * 255).round().byte()
-
-
-def check_unit(pictures: Iterable[Tensor]) -> None:
-    """InputError where images are normalized; waits for their device once."""
-    found = [measures(images) for images in pictures if images.numel()]
-    if not found:
-        return
-    lows, highs, shares = zip(*torch.stack(found).tolist(), strict=True)
-    low, high, outside = min(lows), max(highs), max(shares)
-    if low < -OVERSHOOT or high > 1 + OVERSHOOT or outside > OUTSIDE:
-        raise InputError(
-            f"values from {low:.2f} to {high:.2f} cannot be uint8; leave out normalizing "
-            "(MultiCrop(mean=None, std=None))"
-        )
-
-
-def measures(images: Tensor) -> Tensor:
-    """Least value, largest value, share of values clearly outside [0, 1]; float32 (3,)."""
-    values = images.float()
-    is_outside = (values < -SLIGHT) | (values > 1 + SLIGHT)
-    return torch.stack([*values.aminmax(), is_outside.float().mean()])
 
 
 def places_at(array: LatentArray, coords: np.ndarray) -> np.ndarray:

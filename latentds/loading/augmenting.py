@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -83,7 +84,7 @@ class Watched:
             return self.transform(images)
         self.was_watched, before = True, generator_states(images.device)
         changed = self.transform(images)
-        if not same(before, generator_states(images.device)):
+        if generator_states(images.device) != before:
             with generators_kept(images.device):
                 shared = shares_draws(self.transform, images)
             if shared:
@@ -105,22 +106,12 @@ def shares_draws(transform: Callable[[Tensor], Any], images: Tensor) -> bool:
     return True
 
 
-def generator_states(device: torch.device) -> list[Any]:
-    """States of the global generators."""
-    states = [torch.get_rng_state(), random.getstate(), np.random.get_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def same(before: list[Any], after: list[Any]) -> bool:
-    """Whether no generator was used."""
-    return all(map(equal, before, after))
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Whether two states are the same, parts and all."""
-    if isinstance(one, (tuple, list)):
-        return all(map(equal, one, other))
-    return bool(np.array_equal(np.asarray(one), np.asarray(other)))
+def generator_states(device: torch.device) -> bytes:
+    """States of the global generators, to be compared."""
+    states = [torch.get_rng_state().numpy(), random.getstate(), np.random.get_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device).numpy())
+    return pickle.dumps(states)
 
 
 @contextlib.contextmanager

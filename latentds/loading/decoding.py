@@ -194,7 +194,6 @@ class Decode:
     compile        torch.compile; a warning, and eager, where no compiler works
     cuda_graph     replay decoding, and the MultiCrop or LatentCrops of a LatentLoader, from CUDA
                    graphs, which hold the memory of the largest batch and take its time; CUDA only
-    device         of a LatentLoader: where it decodes, if not where batches end up
     static         of a LatentLoader on a GPU: hand out memory that the next batch may reuse; see
                    DecodeStage
     """
@@ -204,7 +203,6 @@ class Decode:
     channels_last: bool = False
     compile: bool = False
     cuda_graph: bool = False
-    device: torch.device | str | None = None
     static: bool = False
 
     def __post_init__(self) -> None:

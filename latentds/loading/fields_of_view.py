@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,9 +76,15 @@ def check_fields(sets: Sequence[ShardSet], allow: bool = False, split: str | Non
     if allow or not known:
         return
     for field in known:
-        warn_of_spread(field)
+        if field.most > field.least * (1 + TOLERANCE):
+            logger.warning(
+                "%s: patches from %.4g to %.4g um a pixel in one set, the median %.4g stands for "
+                "it: a pixel of a view has several sizes; convert at one --mpp, or leave some out",
+                field.shards.folder, field.least, field.most, field.mpp,
+            )  # fmt: skip
     if are_unlike(known):
-        small, large = min(known, key=edge_of), max(known, key=edge_of)
+        by_edge = operator.attrgetter("edge_um")
+        small, large = min(known, key=by_edge), max(known, key=by_edge)
         raise ContractError(
             f"{describe(small)}, {describe(large)}: a pixel of a view would have two sizes. "
             "Convert them at one --mpp, or mix them so with allow_mixed_mpp=True "
@@ -103,21 +110,6 @@ def are_unlike(fields: Sequence[Field]) -> bool:
     """Whether the largest of some fields is larger than the smallest by more than 5 %."""
     edges = [field.edge_um for field in fields]
     return max(edges) > min(edges) * (1 + TOLERANCE)
-
-
-def warn_of_spread(field: Field) -> None:
-    """Tell of a set whose own patches have pixels of unlike size."""
-    if field.most > field.least * (1 + TOLERANCE):
-        logger.warning(
-            "%s: patches from %.4g to %.4g um a pixel in one set, the median %.4g stands for it: a "
-            "pixel of a view has several sizes; convert at one --mpp, or leave some out",
-            field.shards.folder, field.least, field.most, field.mpp,
-        )  # fmt: skip
-
-
-def edge_of(field: Field) -> float:
-    """Its edge in micrometres."""
-    return field.edge_um
 
 
 def describe(field: Field) -> str:

@@ -104,7 +104,6 @@ class LatentLoader:
         if isinstance(normalize, ChannelStatistics):
             self.dataset.statistics_given = checked_statistics(normalize, self.dataset.shards)
         self.decode, self.device = decode, choose_device(device)
-        self.decode_device = choose_device(decoding.device or device)
         self.transform = Watched(transform) if transform else None
         self.views, self.as_tuple, self.has_told = views, as_tuple, False
         self.contract = self.dataset.shards.manifest.contract
@@ -116,13 +115,13 @@ class LatentLoader:
             self.views, self.augment = replayed(self.views), replayed(self.augment)
         books = self.dataset.normalized_codebooks() if normalize else self.codebooks
         given, options = decoder if autoencoder is None else autoencoder, decoding.with_dtype(dtype)
-        made = make_decoder(self.dataset.shards, decode, given, self.decode_device, options, books)
+        made = make_decoder(self.dataset.shards, decode, given, self.device, options, books)
         self.decoder = made if isinstance(made, Decoder) else None
         self.integers = made if isinstance(made, Integers) else None
-        self.resident = Resident(self.dataset, self.decode_device) if resident else None
+        self.resident = Resident(self.dataset, self.device) if resident else None
         self.stage: DecodeStage | None = None
-        if self.decode_device.type == "cuda":
-            self.stage = self.make_stage(decoding.static, CudaLanes(self.decode_device))
+        if self.device.type == "cuda":
+            self.stage = self.make_stage(decoding.static, CudaLanes(self.device))
         self.transfers = self.make_transfers(num_workers)
         self.epoch, self.handed_out, self.resuming = 0, 0, False
         # Damaged ones this rank has met, and replaced.
@@ -135,7 +134,7 @@ class LatentLoader:
             Transfers(self.dataset),
             batch_size=None,
             num_workers=workers.count,
-            pin_memory=self.decode_device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
             prefetch_factor=workers.prefetch_factor if workers.count else None,
             persistent_workers=workers.count > 0,
             multiprocessing_context=workers.multiprocessing_context if workers.count else None,
@@ -151,7 +150,7 @@ class LatentLoader:
             (3, *contract.patch_px) if pixels else contract.latents_shape,
             torch.int16 if self.integers else dtype,
             batching.global_batch // batching.ranks,
-            self.decode_device,
+            self.device,
             lanes,
             static=static,
         )
@@ -309,7 +308,7 @@ class LatentLoader:
 
     def prepare(self, batch: Batch) -> Batch:
         """A batch moved and decoded, at once: what the stage does ahead where there is one."""
-        batch = batch.to(self.decode_device)
+        batch = batch.to(self.device)
         images, decode = None, self.decode_codes
         if decode is not None:
             images = decode(batch.codes, batch.codebooks)
@@ -324,9 +323,6 @@ class LatentLoader:
         if self.integers is not None:
             steps = self.integers.steps(batch.codes, batch.codebooks)
             batch = dataclasses.replace(batch, codes=batch.images, images=None, steps=steps)
-        if self.decode_device != self.device:
-            # A copy to the host that is not waited for is read before it is there.
-            batch = batch.to(self.device, non_blocking=self.device.type != "cpu")
         if self.views is not None:
             decoded: Any = batch.images if self.decode == "pixels" else batch.latents
             batch = dataclasses.replace(batch, views=self.views(decoded, batch.seeds))

@@ -124,41 +124,34 @@ def find_decoders(
     raises  ContractError for one given that reads no set's latents, or two that read the same;
             WeightsError for a set whose decoder is not at hand
     """
-    several: list[Any] = [] if given is None else [given]
-    if isinstance(given, (list, tuple)):
-        several = list(given)
-    loaded: list[Autoencoder] = [
-        load_for_decoding(one) if isinstance(one, (str, os.PathLike)) else one for one in several
-    ]
-    by_latents: dict[str, Autoencoder] = {}
-    for network in loaded:
-        other = by_latents.setdefault(network.card.latent_id, network)
-        if other is not network:
-            raise ContractError(
-                f"the decoders {other.card.name!r} and {network.card.name!r} read the same latents "
-                f"({short(network.card.latent_id)}); give one of them"
-            )
+    several = list(given) if isinstance(given, (list, tuple)) else [given]
     known = {shards.manifest.contract.latent_id for shards in sets}
-    for network in loaded:
-        if network.card.latent_id not in known:
+    found: dict[Any, Autoencoder] = {}
+    for one in several:
+        if one is None:
+            continue
+        network = load_for_decoding(one) if isinstance(one, (str, os.PathLike)) else one
+        latent_id = network.card.latent_id
+        if latent_id not in known:
             listed = ", ".join(f"{p.folder} {short(p.manifest.contract.latent_id)}" for p in sets)
             raise ContractError(
                 f"the decoder {network.card.name!r} reads latents with latent_id "
-                f"{short(network.card.latent_id)}, none of the sets has such ({listed})"
+                f"{short(latent_id)}, none of the sets has such ({listed})"
             )
-    recorded: dict[tuple[str, str], Autoencoder] = {}
-    found = []
+        if found.setdefault(latent_id, network) is not network:
+            raise ContractError(
+                f"the decoders {found[latent_id].card.name!r} and {network.card.name!r} read the "
+                f"same latents ({short(latent_id)}); give one of them"
+            )
+    decoders = []
     for numbers in groups:
-        shards = sets[numbers[0]]
-        contract = shards.manifest.contract
-        key = (contract.latent_id, str(contract.autoencoder.get("name")))
-        if contract.latent_id in by_latents:
-            found.append(by_latents[contract.latent_id])
-            continue
-        if key not in recorded:
-            recorded[key] = find_autoencoder(shards)
-        found.append(recorded[key])
-    return found
+        contract = sets[numbers[0]].manifest.contract
+        key: Any = contract.latent_id
+        if key not in found:  # recorded ones are shared, too
+            key = (key, str(contract.autoencoder.get("name")))
+            found[key] = found.get(key) or find_autoencoder(sets[numbers[0]])
+        decoders.append(found[key])
+    return decoders
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -303,32 +296,29 @@ class MixedLoader:
         raises     ContractError where it is of other sets, weights, or another order
         """
         where = ", ".join(map(str, self.folders))
-        if state.get("version") != STATE_VERSION or not isinstance(state.get("groups"), list):
-            raise ContractError(
-                f"{where}: the loader state is of no mixture of several latents or patch sizes; "
-                "open what it was taken of"
-            )
-        if state.get("shares") != self.shares or len(state["groups"]) != len(self.groups):
+        groups = state.get("groups")
+        is_mixed = state.get("version") == STATE_VERSION and isinstance(groups, list)
+        if not is_mixed or (state.get("shares"), len(groups)) != (self.shares, len(self.groups)):
             raise ContractError(
                 f"{where}: the loader state has batches of {state.get('shares')} patches, this "
                 f"mixture of {self.shares}; the same sets, weights and global batch size are wanted"
             )
-        places = {(own.get("epoch"), own.get("batch")) for own in state["groups"]}
+        places = {(own.get("epoch"), own.get("batch")) for own in groups}
         if len(places) > 1:
             raise ContractError(f"{where}: the loader state has its groups at {places}; damaged")
-        for group, own in zip(self.groups, state["groups"], strict=True):
+        for group, own in zip(self.groups, groups, strict=True):
             group.loader.load_state_dict(own, bad_packs)
 
 
 def refuse_options(options: Mapping[str, Any]) -> None:
     """ValueError for options of a LatentLoader that mean nothing over several of them."""
-    for name in ("batch_size", "as_tuple", "autoencoder", "order"):
-        if options.get(name):
-            raise ValueError(f"{name}= is not for a mixed loader; leave it")
-    if options.get("select", Select()).balance is not None:
-        raise ValueError("balance= is not for a mixed loader; leave it")
-    if options.get("decode", "pixels") != "pixels":
+    given = {name: options[name] for name in ("as_tuple", "autoencoder") if options.get(name)}
+    if (balance := options.get("select", Select()).balance) is not None:
+        given["balance"] = balance
+    if (decode := options.get("decode", "pixels")) != "pixels":
+        given["decode"] = decode
+    for name, value in given.items():
         raise ValueError(
-            f"decode={options['decode']!r}; a mixed loader gives pixels only. Of sets of one "
-            "latent_id, encoding, shape and patch size, LatentLoader(Mixture(...)) gives it"
+            f"{name}={value!r} is not for a mixed loader, which gives batches of pixels; of sets "
+            "of one latent_id, encoding, shape and patch size LatentLoader(Mixture(...)) takes it"
         )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from latentds.quantizers.entropy import rans
-from latentds.quantizers.entropy.contexts import CAP, scan_places
+from latentds.quantizers.entropy.contexts import CAP, scan_of
 from latentds.quantizers.entropy.record_model import RecordModel
 
 ESCAPE_BITS = 8
@@ -57,7 +57,7 @@ class Model(NamedTuple):
 @functools.lru_cache(maxsize=16)
 def native_model(codebook: RecordModel) -> Model:
     """The codebook as compiled code reads it."""
-    scan = scan_places(*codebook.latents_shape[1:])
+    scan = scan_of(*codebook.latents_shape[1:])
     classes, channels, symbols = codebook.tables.shape
     # Another layout of an array would be compiled anew.
     whole = functools.partial(np.asarray, dtype=np.int64, order="C")

@@ -79,8 +79,8 @@ def by_patch(work: Callable[[slice], None], count: int) -> None:
 def in_scan(latents: Tensor, codebook: RecordModel) -> np.ndarray:
     """Latents (B, C, h, w) times their gains, float32 (B, C, h*w) in scan order."""
     flat = latents.detach().to("cpu", torch.float32).flatten(2).numpy()
-    scan = scan_of(*codebook.latents_shape[1:], torch.device("cpu"))
-    values: np.ndarray = flat.take(scan.cells.numpy(), axis=2) * codebook.gains[:, None]
+    scan = scan_of(*codebook.latents_shape[1:])
+    values: np.ndarray = flat.take(scan.cells, axis=2) * codebook.gains[:, None]
     return values
 
 
@@ -253,6 +253,6 @@ def bits_slopes(exact: np.ndarray, classes: np.ndarray, codebook: RecordModel) -
 
 def from_scan(values: np.ndarray, codebook: RecordModel) -> Tensor:
     """Latents (B, C, h, w) of values (B, C, h*w) in scan order, their gains taken off."""
-    scan = scan_of(*codebook.latents_shape[1:], torch.device("cpu"))
-    cells = (values / codebook.gains[:, None]).astype(np.float32).take(scan.inverse.numpy(), axis=2)
+    scan = scan_of(*codebook.latents_shape[1:])
+    cells = (values / codebook.gains[:, None]).astype(np.float32).take(scan.inverse, axis=2)
     return torch.from_numpy(cells).view(-1, *codebook.latents_shape)

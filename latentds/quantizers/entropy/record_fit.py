@@ -85,8 +85,8 @@ def fit_entropy_codebook(
     weights = np.ones(channels, np.float32) if gains is None else np.asarray(gains, np.float32)
     if weights.shape != (channels,):
         raise ShapeError(f"gains have shape {weights.shape} for {channels} channels")
-    scan = scan_of(height, width, sample.device)
-    values = sample.flatten(2).index_select(2, scan.cells) * torch.from_numpy(weights)[:, None]
+    cells = torch.from_numpy(scan_of(height, width).cells)
+    values = sample.flatten(2).index_select(2, cells) * torch.from_numpy(weights)[:, None]
     lanes = lanes or min(LANES, max(1, height * width // 4))
     shape = (channels, height, width)
     try:

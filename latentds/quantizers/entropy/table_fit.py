@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentds.quantizers.entropy.contexts import CAP, PHASES, activity, around_of, blur, scan_of
+from latentds.quantizers.entropy.contexts import CAP, PHASES, Scan, scan_of
 from latentds.quantizers.entropy.rans import LARGEST, TOTAL
 from latentds.quantizers.entropy.record_model import RecordModel
 
@@ -32,10 +32,10 @@ def fit_model(
 
     codebook  whose size, order and extents are used
     """
-    scan = scan_of(*codebook.latents_shape[1:], integers.device)
+    scan = scan_of(*codebook.latents_shape[1:])
     caps = torch.from_numpy(np.minimum(codebook.extents + 1, CAP)).to(integers)
     magnitudes = integers.abs().minimum(caps[:, None])
-    blurred = blur(magnitudes, scan, *codebook.latents_shape[1:])
+    blurred = torch.from_numpy(blur(magnitudes.numpy(), scan, *codebook.latents_shape[1:]))
     channels = integers.shape[1]
     found: dict[str, np.ndarray] = {
         "parents": np.full((channels, parents), -1, np.int16),
@@ -52,16 +52,29 @@ def fit_model(
         names = [earlier[i] for i in chosen]
         found["parents"][channel, : len(names)] = names
         for phase in range(PHASES):
-            part = scan.phase(phase)
-            around = around_of(target, scan, phase)
+            part = slice(scan.ends[phase - 1] if phase else 0, scan.ends[phase])
+            around = None
+            if phase:  # four times: on the scale of a blurred channel, 16 times a magnitude
+                around = 4 * target[:, :, scan.neighbours[phase - 1]].sum(2, dtype=torch.int32)
             above = [blurred[:, name : name + 1, part] for name in names]
             weights = fit_weights(target[:, :, part], around, above, stride)
             found["weights"][channel, phase, : len(weights)] = weights
-            shaped = torch.from_numpy(weights.astype(np.int32))[:, None, None]
-            total = activity(shaped, around, above)
-            activities.append(torch.as_tensor(total).expand(target[:, :, part].shape).flatten())
+            expected = torch.full_like(target[:, :, part], int(weights[0]))
+            for weight, seen in zip(weights[1:].tolist(), [around, *above], strict=True):
+                expected += 0 if seen is None else weight * seen
+            activities.append(expected.flatten())
         found["thresholds"][channel] = ends_of(torch.cat(activities), classes)
     return found
+
+
+def blur(magnitudes: np.ndarray, scan: Scan, height: int, width: int) -> np.ndarray:
+    """int32 (N, C, h*w) of magnitudes so: 3x3 sums weighted 1 2 1, edge cells repeated outside."""
+    lines = magnitudes[:, :, scan.inverse].reshape(*magnitudes.shape[:2], height, width)
+    padded = np.pad(lines, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    down = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
+    sums = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
+    smoothed: np.ndarray = sums.reshape(magnitudes.shape)[:, :, scan.cells]
+    return smoothed
 
 
 def choose_parents(target: Tensor, blurred: Tensor, parents: int, stride: int) -> list[int]:

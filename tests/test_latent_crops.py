@@ -114,7 +114,7 @@ def test_what_is_no_latents_or_too_small_is_refused(latents, words):
     ("change", "words"),
     [
         ({"globals": -1}, "globals=-1"),
-        ({"globals": 0, "locals": 0}, "at least one window"),
+        ({"globals": 0, "locals": 0}, "at least one view"),
         ({"align": 0}, "align=0"),
         ({"flip": 1.5}, "flip=1.5"),
         ({"noise": -0.1}, "noise=-0.1"),

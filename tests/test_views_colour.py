@@ -11,7 +11,7 @@ from latentds import MultiCrop
 from latentds.core.compiling import Compiled
 from latentds.views import colour
 from latentds.views.boxes import Draws
-from latentds.views.painting import PAINTED, jitter_factors
+from latentds.views.colour import PAINTED, jitter_factors
 from tests.test_views import PLAIN, SMALL, images_of, seeds_of
 
 FACTORS = torch.tensor([[0.6, 1.4, 0.8, 0.1], [1.3, 0.7, 1.2, -0.1], [1.0, 1.0, 1.0, 0.0]])

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -254,22 +253,17 @@ def container_bytes() -> int:
         return 1 << 62
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class HeldPlaces:
-    """Where patches lie among the resident ones.
+def place_of(
+    held: Sequence[np.ndarray | range], first: Sequence[int], which: int, rows: np.ndarray
+) -> np.ndarray:
+    """Places int64, among resident patches, of rows of one set's patch table.
 
-    rows   of every set, those held: ascending
+    held   of every set, the rows held: ascending
     first  place of every set's first
     """
-
-    rows: Sequence[np.ndarray | range]
-    first: Sequence[int]
-
-    def __call__(self, which: int, rows: np.ndarray) -> np.ndarray:
-        """Places int64 of rows of one set's patch table."""
-        held = self.rows[which]
-        found = rows - held.start if isinstance(held, range) else np.searchsorted(held, rows)
-        return np.asarray(found + self.first[which], np.int64)
+    own = held[which]
+    found = rows - own.start if isinstance(own, range) else np.searchsorted(own, rows)
+    return np.asarray(found + first[which], np.int64)
 
 
 class Resident:
@@ -297,7 +291,7 @@ class Resident:
             fill(self.codes[first[which] : first[which + 1]], shards, rows[which], read)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # other streams will read what this one has copied
-        dataset.collator.places = HeldPlaces(rows, first[:-1])
+        dataset.collator.places = functools.partial(place_of, rows, first)
         self.gathered = 0
 
     def __call__(self, places: Tensor) -> Tensor:

@@ -82,8 +82,6 @@ class SlideBags(Dataset[Bag]):
     max_patches   at most so many patches a bag, another choice every epoch; None takes all
     seed          of the choice: a function of (seed, epoch, slide)
     columns       names among key, source, source_encoding to carry along
-    check_codes   compare every patch's checksum when it is first read (older sets have one
-                  a pack, which is read whole for it); without, damage goes unnoticed
     decode        what `SlideBags.decode` gives: "pixels", "latents" or "codes"; see LatentLoader
     device, autoencoder, dtype   of it; see LatentLoader
 
@@ -100,7 +98,6 @@ class SlideBags(Dataset[Bag]):
         seed: int = 0,
         select: Select = Select(),
         columns: Sequence[str] = (),
-        check_codes: bool = True,
         decode: str = "pixels",
         device: torch.device | str = "auto",
         autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
@@ -111,7 +108,7 @@ class SlideBags(Dataset[Bag]):
             raise ValueError(f"max_patches={max_patches}; at least 1")
         check_decode(decode, DECODES[:3])
         check_group(select, Select, "select")
-        self.shards = ShardSet(folder, check_codes, cache=cache, reads_parts=True)
+        self.shards = ShardSet(folder, cache=cache, reads_parts=True)
         self.vocabulary = Vocabulary([self.shards], select.class_to_idx)
         self.max_patches, self.seed, self.columns = max_patches, seed, tuple(columns)
         self.wanted, self.device = decode, choose_device(device)

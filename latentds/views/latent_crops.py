@@ -13,9 +13,15 @@ from torch import Tensor
 
 from latentds.core.randomness import uniform
 from latentds.errors import ShapeError
-from latentds.views.view_batch import Views, at_least, probabilities
+from latentds.views.view_batch import COUNTS, Rule, Views, check_fields, is_chance
 
 QUARTERS = 4
+RULES: tuple[Rule, ...] = (
+    COUNTS,
+    ("global_cells local_cells align", lambda cells: cells >= 1, "at least 1"),
+    ("flip drop", is_chance, "probabilities lie between 0 and 1"),
+    ("noise", lambda noise: 0 <= noise < math.inf, "0 or a positive number"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,13 +56,7 @@ class LatentCrops:
     reads: ClassVar[str] = "latents"  # what of a batch it takes: LatentLoader's `decode`
 
     def __post_init__(self) -> None:
-        at_least(0, globals=self.globals, locals=self.locals)
-        at_least(1, global_cells=self.global_cells, local_cells=self.local_cells, align=self.align)
-        probabilities(flip=self.flip, drop=self.drop)
-        if self.globals + self.locals < 1:
-            raise ValueError("globals=0 and locals=0; at least one window is wanted")
-        if not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise={self.noise}; 0 or a positive number")
+        check_fields(self, RULES)
 
     def record(self) -> dict[str, Any]:
         """The augmentation's identity: plain JSON values, equal where the views are."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from latentds.errors import ShapeError, unknown_name
 from latentds.views.boxes import Draws, draw_boxes, native_boxes
-from latentds.views.painting import PAINTED, Paint, compiled
+from latentds.views.colour import PAINTED, Paint, Three, Two, compiled
 from latentds.views.resampling import SUPPORT, resized_crops
-from latentds.views.view_batch import Views, at_least, probabilities
+from latentds.views.view_batch import COUNTS, Rule, Views, check_fields, is_chance
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # torchvision's, as most timm backbones have them
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -64,30 +64,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"flip": 0.0, "mean": None, "std": None},
     },
 }
-Two = tuple[float, float]
-Three = tuple[float, float, float]
 CHUNK_BYTES = 1 << 28  # of crops in float32 that are augmented at once; temporaries are some more
 
 
-def ranges(most: float | None = None, **values: tuple[float, float] | None) -> None:
-    """Refuse a (from, to) that runs backwards, is not above 0, or goes beyond `most`."""
-    for name, value in values.items():
-        if value is not None and not (0 < value[0] <= value[1] <= (most or value[1])):
-            limit = "" if most is None else f" <= {most}"
-            raise ValueError(f"{name}={value}; (from, to) with 0 < from <= to{limit}")
-
-
-def strengths(**values: float | Sequence[float]) -> None:
-    for name, value in values.items():
-        several = value if isinstance(value, Sequence) else (value,)
-        if not all(one >= 0 for one in several):
-            raise ValueError(f"{name}={value}; strengths are 0 (off) or more")
-
-
-def threes(**values: Sequence[float] | None) -> None:
-    for name, value in values.items():
-        if value is not None and len(value) != 3:
-            raise ValueError(f"{name}={value}; three numbers")
+CHANCES = "probabilities lie between 0 and 1"
+RULES: tuple[Rule, ...] = (
+    COUNTS,
+    ("global_px local_px", lambda px: px >= 1, "at least 1"),
+    ("stain_p blur solarize mean std", lambda values: len(values) == 3, "three numbers"),
+    ("flip jitter_p grey", is_chance, CHANCES),
+    ("stain_p blur solarize", lambda values: all(map(is_chance, values)), CHANCES),
+    (
+        "global_scale local_scale ratio blur_sigma",
+        lambda ends: 0 < ends[0] <= ends[1],
+        "(from, to) with 0 < from <= to",
+    ),
+    ("global_scale local_scale", lambda ends: ends[1] <= 1, "(from, to) with to <= 1.0"),
+    ("stain stain_shift", lambda strength: strength >= 0, "strengths are 0 (off) or more"),
+    ("jitter", lambda values: min(values) >= 0, "strengths are 0 (off) or more"),
+    ("jitter", lambda values: values[3] <= 0.5, "hue turns by at most 0.5, half a circle"),
+    ("std", lambda values: min(values) > 0, "above 0"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,23 +151,9 @@ class MultiCrop:
             value = getattr(self, field.name)
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
-        at_least(0, globals=self.globals, locals=self.locals)
-        at_least(1, global_px=self.global_px, local_px=self.local_px)
-        if self.globals + self.locals == 0:
-            raise ValueError("globals=0 and locals=0; at least one view")
+        check_fields(self, RULES)
         if self.interpolation not in SUPPORT:
             raise ValueError(f"interpolation={self.interpolation!r}; one of {', '.join(SUPPORT)}")
-        threes(stain_p=self.stain_p, blur=self.blur, solarize=self.solarize)
-        threes(mean=self.mean, std=self.std)
-        ranges(most=1.0, global_scale=self.global_scale, local_scale=self.local_scale)
-        ranges(ratio=self.ratio, blur_sigma=self.blur_sigma)
-        probabilities(flip=self.flip, stain_p=self.stain_p, jitter_p=self.jitter_p)
-        probabilities(grey=self.grey, blur=self.blur, solarize=self.solarize)
-        strengths(stain=self.stain, stain_shift=self.stain_shift, jitter=self.jitter)
-        if self.jitter[3] > 0.5:
-            raise ValueError(f"jitter={self.jitter}; hue turns by at most 0.5, half a circle")
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"std={self.std}; above 0")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MultiCrop:

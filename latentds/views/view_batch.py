@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -36,16 +37,20 @@ class Views:
         return Views(change(self.globals), change(self.locals))
 
 
-def at_least(least: int, **values: int) -> None:
-    """Refuse a whole number below `least`, by its field."""
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name}={value}; at least {least}")
+def is_chance(value: float) -> bool:
+    return 0 <= value <= 1
 
 
-def probabilities(**values: float | Sequence[float]) -> None:
-    """Refuse what is no probability, or are none."""
-    for name, value in values.items():
-        several = value if isinstance(value, Sequence) else (value,)
-        if not all(0 <= one <= 1 for one in several):
-            raise ValueError(f"{name}={value}; probabilities lie between 0 and 1")
+Rule = tuple[str, Callable[[Any], bool], str]  # fields, whether a value is right, what is right
+COUNTS: Rule = ("globals locals", lambda count: count >= 0, "at least 0")
+
+
+def check_fields(views: Any, rules: Sequence[Rule]) -> None:
+    """ValueError for the first field whose value is not right; None is right everywhere."""
+    for names, is_right, words in rules:
+        for name in names.split():
+            value = getattr(views, name)
+            if value is not None and not is_right(value):
+                raise ValueError(f"{name}={value}; {words}")
+    if views.globals + views.locals == 0:
+        raise ValueError("globals=0 and locals=0; at least one view")

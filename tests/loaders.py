@@ -1,7 +1,8 @@
-"""Options of loaders as tests list them, flat, in the groups that loaders take."""
+"""Options of loaders as tests list them, flat, in the groups that loaders take; lanes of a CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from latentds.loading.decoding import Decode
@@ -32,3 +33,26 @@ def grouped_mixed(**options: Any) -> dict[str, Any]:
     own = ("global_batch_size", "rank", "world_size")
     kept = {name: options.pop(name) for name in own if name in options}
     return kept | grouped(**options)
+
+
+class HostLane:
+    """The CPU in a stream's place: work is done when `run` returns."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self) -> None:
+        return None
+
+    def wait(self, event: None) -> None:
+        del event
+
+
+class HostLanes:
+    """All work of a DecodeStage on the CPU, in the order of the program."""
+
+    def __init__(self) -> None:
+        self.copy = self.decode = HostLane()
+
+    def consumer(self) -> HostLane:
+        return self.copy

@@ -20,7 +20,6 @@ from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Mixture
-from latentds.loading.stage import HostLanes
 from latentds.quantizers.additive_fit import fit_additive
 from latentds.quantizers.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
@@ -33,6 +32,7 @@ from latentds.store.verification import verify
 from tests.bad_shards import edit_manifest, first_shard
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
+from tests.loaders import HostLanes
 from tests.test_tools import call
 
 

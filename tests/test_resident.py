@@ -9,13 +9,12 @@ import latentds.loading.array
 from latentds import LatentLoader, Mixture, MultiCrop
 from latentds.errors import DamagedPackError, InputError, TooManyBadSamplesError
 from latentds.loading.batch import bytes_of
-from latentds.loading.stage import HostLanes
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.store.reader import ShardSet
 from tests.bad_shards import first_shard, flip_bit
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
-from tests.loaders import grouped
+from tests.loaders import HostLanes, grouped
 from tests.test_encodings import entropy_book
 
 OPTIONS = {"split": "train", "shuffle": True, "seed": 3, "global_batch_size": 60}

@@ -11,9 +11,9 @@ import torch
 
 from latentds.loading.batch import Batch
 from latentds.loading.loader import LatentLoader
-from latentds.loading.stage import CudaLanes, DecodeStage, HostLanes
+from latentds.loading.stage import CudaLanes, DecodeStage
 from tests.fakes import FakeLanes, MeanAutoencoder
-from tests.loaders import grouped
+from tests.loaders import HostLanes, grouped
 
 CAPACITY = 4
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from latentds import LatentLoader, MultiCrop
-from latentds.loading.stage import HostLanes
 from latentds.views.view_batch import Views
 from tests.fakes import MeanAutoencoder
-from tests.loaders import grouped
+from tests.loaders import HostLanes, grouped
 
 MULTICROP = MultiCrop(globals=2, locals=2, global_px=20, local_px=9, stain=0.05)
 OPTIONS = {"split": "val", "shuffle": True, "seed": 3, "last": "drop"}

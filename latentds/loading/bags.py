@@ -68,9 +68,6 @@ class Bag:
     def __len__(self) -> int:
         return len(self.codes)
 
-    def __repr__(self) -> str:
-        return f"Bag({self.slide}: {len(self):,} patches, label {self.label})"
-
 
 class SlideBags(Dataset[Bag]):
     """Slides of a split as bags of any length; a map-style data set of len() slides.
@@ -159,10 +156,6 @@ class SlideBags(Dataset[Bag]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.position.share_memory_()  # type: ignore[no-untyped-call]
-
-    def __repr__(self) -> str:
-        bags = f"{len(self):,} slides, {len(self.rows):,} patches"
-        return f"SlideBags({self.shards.folder}: {bags}, decode={self.wanted!r} on {self.device})"
 
     def __len__(self) -> int:
         """Slides."""

@@ -23,7 +23,7 @@ from latentds.loading.batch import Batch, check_group
 from latentds.loading.dataset import LatentDataset, Transfer, Transfers, check_bad
 from latentds.loading.decoding import Decode, Decoder, Integers, check_decode, make_decoder
 from latentds.loading.options import Mixture, Order, Select, Workers
-from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
+from latentds.loading.stage import CudaLanes, DecodeStage
 from latentds.quantizers.codebooks import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
@@ -140,7 +140,7 @@ class LatentLoader:
             multiprocessing_context=workers.multiprocessing_context if workers.count else None,
         )
 
-    def make_stage(self, static: bool, lanes: CopyLanes) -> DecodeStage:
+    def make_stage(self, static: bool, lanes: CudaLanes) -> DecodeStage:
         """The ring that decodes ahead on a GPU."""
         batching, contract = self.dataset.batching, self.contract
         pixels = self.decode == "pixels"
@@ -190,12 +190,6 @@ class LatentLoader:
     def class_to_idx(self) -> dict[str, int]:
         """Label of every class name, as ImageFolder has it."""
         return self.dataset.class_to_idx
-
-    def __repr__(self) -> str:
-        return (
-            f"LatentLoader({self.dataset.describe()}, decode={self.decode!r} on {self.device}, "
-            f"{self.transfers.num_workers} workers)"
-        )
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,78 +20,30 @@ from latentds.loading.batch import Batch
 Decode = Callable[[Tensor, Tensor | None], Tensor]
 
 
-class Lane(Protocol):
-    """Work that runs in the order it was given, beside other lanes' work."""
-
-    def run(self, work: Callable[[], None]) -> None:
-        """Give it work; returns before it is done."""
-        ...
-
-    def record(self) -> Any:
-        """An event that occurs when all work given so far is done."""
-        ...
-
-    def wait(self, event: Any) -> None:
-        """Hold back the work given from now on until the event occurs; the caller goes on."""
-        ...
-
-
-class CopyLanes(Protocol):
-    """copy and decode are the stage's own; consumer() is where the trainer's next work will run."""
-
-    @property
-    def copy(self) -> Lane: ...
-
-    @property
-    def decode(self) -> Lane: ...
-
-    def consumer(self) -> Lane: ...
-
-
-class HostLane:
-    """The CPU: work is done when `run` returns, there is nothing to wait for."""
-
-    def run(self, work: Callable[[], None]) -> None:
-        work()
-
-    def record(self) -> None:
-        return None
-
-    def wait(self, event: None) -> None:
-        del event
-
-
-class HostLanes:
-    """All work on the CPU, in the order of the program."""
-
-    def __init__(self) -> None:
-        self.copy = self.decode = HostLane()
-
-    def consumer(self) -> HostLane:
-        return self.copy
-
-
 class CudaLane:
-    """A CUDA stream."""
+    """A CUDA stream: work runs in the order it was given, beside other lanes' work."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.stream = stream
 
     def run(self, work: Callable[[], None]) -> None:
+        """Give it work; returns before it is done."""
         with torch.cuda.stream(self.stream):
             work()
 
     def record(self) -> torch.cuda.Event:
+        """An event that occurs when all work given so far is done."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self.stream)
         return event
 
     def wait(self, event: torch.cuda.Event) -> None:
+        """Hold back the work given from now on until the event occurs; the caller goes on."""
         self.stream.wait_event(event)
 
 
 class CudaLanes:
-    """A stream for copies and one for decoding, beside the one the trainer has made current."""
+    """A stream for copies, one for decoding; `consumer` is where the trainer's work will run."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -128,7 +80,6 @@ class DecodeStage:
     shape     of one decoded patch
     dtype     of decoded patches
     capacity  patches of the largest batch
-    lanes     HostLanes on a CPU
     slots     batches the ring holds
     ahead     batches decoded before they are asked for; 0 on a CPU, where nothing overlaps
     static    hand out the slots' own memory, valid until the next batch is asked for. False hands
@@ -143,7 +94,7 @@ class DecodeStage:
         dtype: torch.dtype,
         capacity: int,
         device: torch.device,
-        lanes: CopyLanes,
+        lanes: CudaLanes,
         *,
         slots: int = 3,
         ahead: int = 1,

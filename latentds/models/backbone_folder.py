@@ -220,23 +220,7 @@ def find_arguments(
         if own is None:
             return None
         kept |= own
-    odd = [name for name, value in kept.items() if not is_plain(value)]
-    if odd:
-        raise InputError(
-            f"{arch}: timm's argument {odd[0]!r} is {kept[odd[0]]!r:.60}, which no config.json "
-            "holds; build the backbone from plain values, or from a name that has them"
-        )
     return kept
-
-
-def is_plain(value: Any) -> bool:
-    """Whether JSON holds a value as it is."""
-    try:
-        return bool(
-            json.loads(json.dumps(value)) == (list(value) if type(value) is tuple else value)
-        )
-    except TypeError:
-        return False
 
 
 def check_place(folder: Path, record: BackboneRecord, overwrite: bool) -> None:

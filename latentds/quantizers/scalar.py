@@ -32,6 +32,13 @@ class AnyCodebook(Protocol):
     kind         how it was made; told, never acted on
     codebook_id  identity of its tables
     summary      sizes of its tables in a few words, for people
+    text         what tables call it
+    codes_shape_of, latents_shape_of   shapes of a patch's codes and latents (C, h, w); ShapeError
+                 where they do not fit the tables
+    quantize     codes uint8 (B, *codes_shape) of latents float (B, C, h, w)
+    dequantize   latents float32 (B, C, h, w) of such codes, on their device
+    find_fault   what is wrong with codes (N, *codes_shape) of a checked file; None for nothing
+    to_json, to_arrays   its tables: plain JSON values; arrays by name, as a codebook file has them
     """
 
     @property
@@ -47,37 +54,21 @@ class AnyCodebook(Protocol):
     def summary(self) -> str: ...
 
     @property
-    def text(self) -> str:
-        """What tables call it."""
-        ...
+    def text(self) -> str: ...
 
-    def codes_shape_of(self, latents_shape: tuple[int, int, int]) -> tuple[int, ...]:
-        """Shape of a patch's codes; ShapeError where latents (C, h, w) do not fit."""
-        ...
+    def codes_shape_of(self, latents_shape: tuple[int, int, int]) -> tuple[int, ...]: ...
 
-    def latents_shape_of(self, codes_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of such codes; ShapeError where they do not fit."""
-        ...
+    def latents_shape_of(self, codes_shape: tuple[int, ...]) -> tuple[int, int, int]: ...
 
-    def quantize(self, latents: Tensor) -> Tensor:
-        """Codes uint8 (B, *codes_shape) of latents float (B, C, h, w)."""
-        ...
+    def quantize(self, latents: Tensor) -> Tensor: ...
 
-    def dequantize(self, codes: Tensor) -> Tensor:
-        """Latents float32 (B, C, h, w) of codes uint8 (B, *codes_shape), on their device."""
-        ...
+    def dequantize(self, codes: Tensor) -> Tensor: ...
 
-    def find_fault(self, codes: np.ndarray) -> str | None:
-        """What is wrong with codes (N, *codes_shape) of a checked file; None where nothing is."""
-        ...
+    def find_fault(self, codes: np.ndarray) -> str | None: ...
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, tables included."""
-        ...
+    def to_json(self) -> dict[str, Any]: ...
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Its tables by name, as a codebook file keeps them."""
-        ...
+    def to_arrays(self) -> dict[str, np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

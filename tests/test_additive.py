@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from latentds.errors import ContractError, FormatError, ShapeError
-from latentds.quantizers.additive import AdditiveCodebook
-from latentds.quantizers.additive_search import is_separable, smallest
+from latentds.quantizers.additive import AdditiveCodebook, is_separable, smallest
 from latentds.quantizers.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.quantizers.scalar import Codebook, dequantize, quantize
 

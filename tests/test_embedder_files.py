@@ -200,9 +200,9 @@ def test_the_commit_that_was_loaded_is_on_the_card(monkeypatch, tmp_path):
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     pytest.importorskip("timm")
-    from latentds.embedders import efficientnet_lite
+    from latentds.embedders import timm_models
 
-    monkeypatch.setattr(efficientnet_lite, "PACKAGE", "a_package_that_is_not_there")
+    monkeypatch.setattr(timm_models, "PACKAGE", "a_package_that_is_not_there")
     with pytest.raises(MissingExtraError, match=r"latentds\[embedders\]"):
         load_embedder("efficientnet-lite0")
 

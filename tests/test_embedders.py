@@ -221,7 +221,7 @@ def test_efficientnet_lite0_knows_its_photographs(picture, labels):
     pytest.importorskip("timm")
     import skimage.data
 
-    from latentds.embedders.efficientnet_lite import build_classifier, packaged_file
+    from latentds.embedders.timm_models import build_classifier, packaged_file
 
     network = build_classifier(packaged_file())
     images = as_images(np.asarray(getattr(skimage.data, picture)()))

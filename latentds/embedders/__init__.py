@@ -99,10 +99,6 @@ def load_alias(name: str, native: bool) -> NetworkEmbedder:
 
 
 def load_card(name: str, path: Path | None, native: bool) -> NetworkEmbedder:
-    if name == "efficientnet-lite0":
-        from latentds.embedders.efficientnet_lite import load_efficientnet_lite
-
-        return load_efficientnet_lite(path)
     if CARDS[name].class_name == "Dinov2Model":
         from latentds.embedders.transformers_models import load_dinov2
 
@@ -111,8 +107,10 @@ def load_card(name: str, path: Path | None, native: bool) -> NetworkEmbedder:
         from latentds.embedders.conch import load_conch
 
         return load_conch(path)
-    from latentds.embedders.timm_models import load_known
+    from latentds.embedders.timm_models import load_efficientnet_lite, load_known
 
+    if name == "efficientnet-lite0":
+        return load_efficientnet_lite(path)
     return load_known(name, path, native)
 
 

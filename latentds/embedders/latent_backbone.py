@@ -25,7 +25,7 @@ from latentds.embedders.backbone_record import (
 )
 from latentds.embedders.embedder import EmbedderCard, NetworkEmbedder, Preparation
 from latentds.embedders.exported import LATENT_PREFIX as PREFIX
-from latentds.embedders.foreign_config import create_foreign
+from latentds.embedders.exported import create_foreign
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.embedders.weights import fill, read_weights
 from latentds.errors import ContractError, ShapeError, WeightsError

@@ -122,6 +122,11 @@ def resize_shorter_edge(images: Tensor, edge_px: int, interpolation: str) -> Ten
     if shorter == edge_px:
         return images
     size = (edge_px * height // shorter, edge_px * width // shorter)
+    return resize(images, size, interpolation)
+
+
+def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Images (B, 3, H, W) of that size, antialiased."""
     return functional.interpolate(
         images, size, mode=interpolation, antialias=True, align_corners=False
     )

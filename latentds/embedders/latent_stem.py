@@ -171,7 +171,7 @@ def make_stem(arch: str, pixels: Any, stem: LatentStemConfig, img_px: int) -> nn
         return SplitCells(stem.channels, width, factor // patch_px, grid, pixels.norm)
     raise ShapeError(
         f"timm model {arch!r}: tokens of {patch_px} px, latent cells of {factor} px, and neither "
-        f"is a multiple of the other; choose an arch of patch16, as {sixteen(arch)}"
+        f"is a multiple of the other; choose an arch of patch16, as vit_small_patch16_224"
     )
 
 
@@ -188,12 +188,6 @@ def image_px(arch: str) -> int:
     """Edge of the images that an arch's own position embedding is laid out for."""
     check_arch(arch)
     return int(outline(arch).patch_embed.img_size[0])
-
-
-def sixteen(arch: str) -> str:
-    """The ViT of about this size whose tokens have 16 px."""
-    size = next((s for s in ("tiny", "small", "large") if f"_{s}_" in f"_{arch}_"), "base")
-    return f"vit_{size}_patch16_224"
 
 
 def timm_arguments(arch: str, stem: LatentStemConfig, img_px: int = 224) -> dict[str, int] | None:

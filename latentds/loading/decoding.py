@@ -46,7 +46,11 @@ def make_lookup(
         return Levels(cast(Sequence[Codebook], codebooks), device, dtype)
     if kind is AdditiveCodebook:
         return Sums(cast(Sequence[AdditiveCodebook], codebooks), device, dtype)
-    return Records(codebooks, dtype)
+
+    def latents(book: AnyCodebook, records: Tensor) -> Tensor:
+        return book.dequantize(records).to(dtype)
+
+    return lambda codes, numbers=None: by_book(codebooks, codes, numbers, latents)
 
 
 class Levels:
@@ -97,21 +101,6 @@ class Sums:
             index = index + (MAX_LEVELS * planes * codebooks.int()).view(-1, 1, 1, 1)
         sums = functional.embedding_bag(index.reshape(-1, planes), self.table, mode="sum")
         return sums.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous().to(self.dtype)
-
-
-class Records:
-    """Codebooks that decode by themselves, patch by patch: entropy-coded records."""
-
-    def __init__(self, codebooks: Sequence[AnyCodebook], dtype: torch.dtype) -> None:
-        self.codebooks, self.dtype = codebooks, dtype
-
-    def __call__(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
-        """Latents (B, C, h, w) of records uint8 (B, bytes); `codebooks` (B,) picks the tables."""
-
-        def latents(book: AnyCodebook, part: Tensor) -> Tensor:
-            return book.dequantize(part).to(self.dtype)
-
-        return by_book(self.codebooks, codes, codebooks, latents)
 
 
 class Integers:

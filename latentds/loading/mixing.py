@@ -235,7 +235,7 @@ class MixedLoader:
             named = ", ".join(str(mixture.folders[number]) for number in numbers)
             logger.info("%s: %d of %d patches a batch", named, share, global_batch_size)
         self.classes = joined_names(group.loader.classes for group in self.groups)
-        self.lookups: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self.lookups = [self.numbers(group) for group in self.groups]
 
     def __len__(self) -> int:
         """Batches of an epoch, the same on every rank."""
@@ -248,20 +248,17 @@ class MixedLoader:
 
     def renumber(self, place: int, batch: Batch) -> Batch:
         """A group's batch with labels and sets numbered as in the whole mixture."""
-        labels, sets = self.numbers(place, batch.labels.device)
+        labels, sets = self.lookups[place]
         own = torch.zeros_like(batch.labels) if batch.sets is None else batch.sets
         return dataclasses.replace(batch, labels=labels[batch.labels], sets=sets[own])
 
-    def numbers(self, place: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What a group's labels and sets are in the whole mixture; copied to a device once."""
-        if (place, device) not in self.lookups:
-            group = self.groups[place]
-            known = {name: number for number, name in enumerate(self.classes)}
-            # The last entry is for -1, no label.
-            labels = torch.tensor([*(known[name] for name in group.loader.classes), -1])
-            sets = torch.tensor(group.numbers)
-            self.lookups[place, device] = (labels.to(device), sets.to(device))
-        return self.lookups[place, device]
+    def numbers(self, group: Group) -> tuple[Tensor, Tensor]:
+        """What a group's labels and sets are in the whole mixture, where its batches lie."""
+        known = {name: number for number, name in enumerate(self.classes)}
+        # The last entry is for -1, no label.
+        labels = torch.tensor([*(known[name] for name in group.loader.classes), -1])
+        device = group.loader.device
+        return labels.to(device), torch.tensor(group.numbers).to(device)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the next iteration's epoch; without it, every iteration runs the next one."""

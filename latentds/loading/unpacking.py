@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from latentds.errors import FormatError, InputError
-from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.format import CODES, MASKS, PATCHES, Contract, check_npy, patch_key
 from latentds.store.manifest import Manifest
 from latentds.store.packs import MASK_SCHEMA, SCHEMA, decode_table, read_contract
@@ -63,7 +62,9 @@ class Unpacking:
         if MASKS in sample:
             masks = decode_table(member(sample, MASKS, where), where, MASK_SCHEMA, len(codes))
             fields = [f | m for f, m in zip(fields, masks.to_pylist(), strict=True)]
-        values = codes if self.decode == "codes" else latents_of(codes, contract.codebook, where)
+        values: Any = codes
+        if self.decode == "latents":
+            values = contract.codebook.dequantize(torch.from_numpy(codes))
         for value, own in zip(values, fields, strict=True):
             key = patch_key(own["source"], own["x"], own["y"])
             yield {"__key__": key, "__url__": url, self.decode: value, **own}
@@ -109,17 +110,8 @@ def member(sample: Mapping[str, Any], name: str, where: str) -> bytes:
 def read_codes(sample: Mapping[str, Any], contract: Contract, where: str) -> np.ndarray:
     """Codes uint8 (N, *codes_shape) of a pack, nothing unpickled."""
     content = member(sample, CODES, where)
-    count = check_npy(content[:128], len(content), contract.codes_shape, where)
+    check_npy(content[:128], len(content), contract.codes_shape, where)
     codes = np.load(io.BytesIO(content), allow_pickle=False)
     if (fault := contract.codebook.find_fault(codes)) is not None:
         raise FormatError(f"{where}: {fault}; damaged, fetch it anew")
-    assert len(codes) == count
     return np.asarray(codes)
-
-
-def latents_of(codes: np.ndarray, codebook: AnyCodebook, where: str) -> torch.Tensor:
-    """Latents float32 (N, C, h, w) of codes; FormatError where they are not of the codebook."""
-    try:
-        return codebook.dequantize(torch.from_numpy(codes))
-    except (IndexError, ValueError) as error:
-        raise FormatError(f"{where}: {error}; damaged, fetch it anew") from error

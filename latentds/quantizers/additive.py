@@ -139,11 +139,10 @@ class AdditiveCodebook:
             into.copy_(found.T.view(shape))
         return codes
 
-    def dequantize(self, codes: Tensor, table: Tensor | None = None) -> Tensor:
+    def dequantize(self, codes: Tensor) -> Tensor:
         """The sums that codes stand for: float32 (B, D, h, w) on the codes' device.
 
         codes    uint8 (B, S, h, w)
-        table    `table(device)` kept from before, to spare its copy
         returns  rows added from plane 0 to plane S - 1, each sum rounded to float32: with the
                  order fixed, every machine that rounds to nearest gives the same bits
         raises   ShapeError for another number of planes, IndexError for a code beyond K
@@ -159,7 +158,7 @@ class AdditiveCodebook:
                 f"code {int(codes.max())} in codes, but the codebook has {self.centroids} rows a "
                 "plane"
             )
-        rows = (self.table(codes.device) if table is None else table).flatten(0, 1)
+        rows = self.table(codes.device).flatten(0, 1)
         batch, planes, height, width = codes.shape
         first = self.centroids * torch.arange(planes, device=codes.device, dtype=torch.int32)
         index = codes.permute(0, 2, 3, 1).reshape(-1, planes).int() + first

@@ -152,16 +152,15 @@ class Codebook:
         batch, channels, *cells = values.shape
         return codes.view(channels, batch, *cells).transpose(0, 1).contiguous()
 
-    def dequantize(self, codes: Tensor, table: Tensor | None = None) -> Tensor:
+    def dequantize(self, codes: Tensor) -> Tensor:
         """The level of every code: float32 (B, C, h, w) on the codes' device, by one gather.
 
-        table     `table(device)` kept from before, to spare its copy
         raises    ShapeError for a wrong number of channels, IndexError for a code beyond K
         """
         import torch
 
         check_channels(codes.shape[1:], self)
-        levels = self.table(codes.device) if table is None else table
+        levels = self.table(codes.device)
         rows, count = levels.shape
         if count < MAX_LEVELS and codes.numel() and int(codes.max()) >= count:
             raise IndexError(f"code {int(codes.max())}, but the codebook has {count} levels")

@@ -120,7 +120,10 @@ def load_latent_backbone(text: str, autoencoder: Autoencoder | None = None) -> L
             f"{encoder.card.name!r} makes {short(encoder.card.latent_id)}; pass the one that the "
             "training set was made with"
         )
-    network = build_network(folder, record, stem)
+    if record.model_args is None:
+        network: Any = build_vit(record.arch, stem=stem, img_px=record.input_px)
+    else:
+        network = create_foreign(folder / RECORD, record.arch, record.model_args)
     fill(network, read_weights(folder / WEIGHTS), folder / WEIGHTS, record.arch)
     found = hash_tensors(network.state_dict(), {})
     check_hash(folder / WEIGHTS, found, folder / RECORD, record.weights_id)
@@ -181,13 +184,6 @@ def find_codebook(folder: Path, encoder: Autoencoder) -> StoredCodebook | None:
     return stored
 
 
-def build_network(folder: Path, record: BackboneRecord, stem: LatentStemConfig) -> Any:
-    """The network of a record, its weights still to be read."""
-    if record.model_args is None:
-        return build_vit(record.arch, stem=stem, img_px=record.input_px)
-    return create_foreign(folder / RECORD, record.arch, record.model_args)
-
-
 def make_card(
     name: str,
     record: BackboneRecord,
@@ -206,7 +202,7 @@ def make_card(
         rule=f"whole images, encoded by {encoder.card.name}, {rounding}each channel normalized",
         resize_px=None,
         input_px=None,
-        multiple_px=token_px(network, stem),
+        multiple_px=int(network.patch_embed.patch_size[0]) * stem.factor,  # a token, or a cell
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
         file=WEIGHTS,
@@ -214,8 +210,3 @@ def make_card(
             network.state_dict(), {"latent_id": encoder.card.latent_id, "codebook_id": book}
         ),
     )
-
-
-def token_px(network: Any, stem: LatentStemConfig) -> int:
-    """What edges of images must be multiples of: a token's pixels, or those of a larger cell."""
-    return int(network.patch_embed.patch_size[0]) * stem.factor

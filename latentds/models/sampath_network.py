@@ -155,6 +155,8 @@ def build_sampath(
     if labels < 2:
         raise ValueError(f"{labels} labels; one class and 0 for 'not labelled' are the least")
     model, weights_id = load_sam(sam, seed)
+    from transformers.models.sam.modeling_sam import SamVisionNeck
+
     edge = int(model.config.vision_config.image_size)
     grid = edge // int(model.config.vision_config.patch_size)
     beside = load_dense_encoder(pathology, edge, grid) if pathology else None
@@ -163,7 +165,9 @@ def build_sampath(
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         if beside is not None:
-            neck = vision_neck(model, encoders.channels)
+            config = copy.deepcopy(model.config.vision_config)
+            config.hidden_size = encoders.channels
+            neck = SamVisionNeck(config)
         decoder = prompted(model, labels)
         places = model.get_image_wide_positional_embeddings()
         blank = model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
@@ -186,8 +190,11 @@ def prompted(sam: Any, labels: int) -> Any:
     SAM's weights stay but for the tokens and the IoU head's last layer, which are drawn anew; each
     hypernetwork starts as a copy of SAM's first.
     """
-    decoder = mask_decoder(sam, labels)
-    given = sam.mask_decoder
+    from transformers.models.sam.modeling_sam import SamMaskDecoder
+
+    config = copy.deepcopy(sam.config.mask_decoder_config)
+    config.num_multimask_outputs = labels
+    decoder, given = SamMaskDecoder(config), sam.mask_decoder
     for name in ("iou_token", "transformer", "upscale_conv1", "upscale_conv2"):
         getattr(decoder, name).load_state_dict(getattr(given, name).state_dict())
     decoder.upscale_layer_norm.load_state_dict(given.upscale_layer_norm.state_dict())
@@ -262,21 +269,3 @@ def random_sam(seed: int) -> Any:
             if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
                 module.reset_parameters()
     return sam.eval()
-
-
-def mask_decoder(sam: Any, outputs: int) -> Any:
-    """A mask decoder like a SamModel's with that many masks beside the first, weights random."""
-    from transformers.models.sam.modeling_sam import SamMaskDecoder
-
-    config = copy.deepcopy(sam.config.mask_decoder_config)
-    config.num_multimask_outputs = outputs
-    return SamMaskDecoder(config)
-
-
-def vision_neck(sam: Any, channels: int) -> Any:
-    """A neck like a SamModel's for maps (B, h, w, channels), weights random."""
-    from transformers.models.sam.modeling_sam import SamVisionNeck
-
-    config = copy.deepcopy(sam.config.vision_config)
-    config.hidden_size = channels
-    return SamVisionNeck(config)

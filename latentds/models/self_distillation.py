@@ -179,9 +179,6 @@ class SelfDistillation(nn.Module):
         self.koleo_loss = new_koleo() if masked else None
         # zeros: DINOv2 models/vision_transformer.py
         self.mask_token = nn.Parameter(torch.zeros(features)) if masked else None
-        self.start_teacher()
-
-    def start_teacher(self) -> None:
         try:
             self.teacher.load_state_dict(self.student.state_dict())
         except RuntimeError as error:

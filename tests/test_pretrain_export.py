@@ -156,7 +156,11 @@ def test_a_classifier_starts_from_it(tmp_path):
 def test_the_card_tells_the_training_and_how_to_load(folder):
     card = (folder / "README.md").read_text()
     assert "**Not for diagnosis.**" in card and "| method | dino |" in card
-    assert "a\\|b" in card and "img_size=96" in card and "| sets.0.latent_id |" in card
+    assert (
+        "a\\|b" in card
+        and "| model_args.img_size | 96 |" in card
+        and "| sets.0.latent_id |" in card
+    )
     block = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     names = {"images": random_images(1, 96, 96)}
     for code in block:
@@ -268,7 +272,7 @@ def test_a_latent_stem_is_recorded_and_timm_builds_it(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded(latents), made(latents), atol=1e-6, rtol=0)
     card = (folder / "README.md").read_text()
-    assert "no pictures" in card and "latents of 4 channels, 8 px a cell" in card
+    assert "no pictures" in card and "| stem.factor | 8 |" in card
     with pytest.raises(WeightsError, match="reads latents, not pictures; pass 'latent-dir:"):
         load_embedder(folder)
     (folder / RECORD).unlink()

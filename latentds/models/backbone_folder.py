@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from latentds.autoencoders.autoencoder import hash_tensors, short
-from latentds.core.display import code_span, facts_table, markdown
+from latentds.core.display import code_span, facts_table
 from latentds.core.storage import write_together
 from latentds.embedders.backbone_record import (
     CONFIG,
@@ -52,14 +52,8 @@ CARD = """---
 A backbone for pathology patches, trained with latentds: {arch}, {channels} input channels,
 embeddings of {dim} numbers. **Not for diagnosis.** For research; try it on data of your own first.
 
-| | |
-|---|---|
-| network | {arch} of timm, {arguments} |
-| input | {input} |
-| trained at | {input_px} px |
-| normalization | mean {mean}, std {std} |
-| weights_id | {weights_id} |
-{licence}
+{facts}
+
 ## Load
 
 {load}
@@ -298,19 +292,15 @@ def backbone_card(
 
     repository  ORG/NAME[@REVISION] where it is on the Hub, None for a folder
     """
+    facts = dataclasses.asdict(record) | ({"licence": licence} if licence else {})
+    del facts["trained"]
     return CARD.format(
         front_matter=front_matter,
         title=title,
         arch=code_span(record.arch),
         channels=record.channels,
         dim=record.dim,
-        arguments=markdown(describe_arguments(record)),
-        input=describe_input(record),
-        input_px=record.input_px,
-        mean=numbers(record.mean),
-        std=numbers(record.std),
-        weights_id=code_span(record.weights_id),
-        licence=f"| licence | {markdown(licence)} |\n" if licence else "",
+        facts=facts_table(facts, RECORD),
         load=how_to_load(record, repository),
         trained=facts_table(record.trained, RECORD),
         notes=f"\n{notes.strip()}\n" if notes.strip() else "",
@@ -328,19 +318,3 @@ def how_to_load(record: BackboneRecord, repository: str | None) -> str:
         folder="FOLDER",
         timm=TIMM_CANNOT if record.model_args is None else builds,
     )
-
-
-def describe_input(record: BackboneRecord) -> str:
-    if record.stem is None:
-        return f"pictures in [0, 1], {record.interpolation} resizing"
-    factor = record.stem.get("factor")
-    return f"latents of {record.channels} channels, {factor} px a cell, not decoded"
-
-
-def describe_arguments(record: BackboneRecord) -> str:
-    named = [f"{name}={value}" for name, value in (record.model_args or {}).items()]
-    return ", ".join(named) or "as timm has it"
-
-
-def numbers(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:.6g}" for value in values)

@@ -16,10 +16,10 @@ from latentds.core.display import progress
 from latentds.core.storage import READ_BYTES, naming, sha256_file, write_atomically
 from latentds.edit.outputs import local_folder, new_data_set
 from latentds.errors import FormatError, InputError
-from latentds.loading.batch import check_mixable, joined_classes
 from latentds.loading.fields_of_view import warn_of_fields
+from latentds.loading.options import check_mixable, warn_of_alike
 from latentds.store.composing import Composer, complete
-from latentds.store.format import GOLDEN, Contract, pack_key
+from latentds.store.format import GOLDEN, Contract, joined_names, pack_key
 from latentds.store.golden import MAX_GOLDEN, read_golden_table, renumbered
 from latentds.store.manifest import Manifest
 from latentds.store.packs import BLOCK, ShardWriter, encode_table, member_header, scan_members
@@ -46,7 +46,9 @@ def merge(
     warn_of_fields(sets)
     with new_data_set(out, overwrite, paths):
         check_distinct(sets)
-        composer = Composer(out, sets[0].manifest.contract, joined_classes(sets))
+        classes = joined_names([shards.manifest.classes for shards in sets])
+        warn_of_alike(sets, classes)
+        composer = Composer(out, sets[0].manifest.contract, classes)
         copied = copy_shards(composer, sets)
         manifest = composer.tables(describe([shards.manifest for shards in sets]))
         write_atomically(out / GOLDEN, join_golden(sets, copied, manifest))

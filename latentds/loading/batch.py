@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,15 +16,15 @@ from torch import Tensor
 
 from latentds.core.processes import shared_buffer
 from latentds.core.randomness import patch_seeds
-from latentds.errors import ContractError, FormatError, InputError
+from latentds.errors import FormatError, InputError
 from latentds.loading.decoding import make_integers
+from latentds.loading.options import check_mixable, warn_of_alike
 from latentds.loading.order import Drawn
 from latentds.quantizers.scalar import AnyCodebook, dequantize_each
 from latentds.store.format import alike_names, joined_names
 from latentds.store.reader import ShardSet
 from latentds.views.view_batch import Views
 
-logger = logging.getLogger(__name__)
 Layout = list[tuple[str, torch.dtype, list[int], int]]  # name, dtype, shape, offset of every tensor
 Packed = tuple[Tensor, Layout, dict[str, Any]]
 LARGE = ("codes", "latents", "images", "masks")
@@ -198,8 +197,11 @@ class Vocabulary:
     """
 
     def __init__(self, sets: Sequence[ShardSet], given: Mapping[str, int] | None = None) -> None:
-        check_mixable(sets)
-        self.classes = joined_classes(sets, is_told=given is None)
+        if len(sets) > 1:
+            check_mixable(sets)
+        self.classes = joined_names([shards.manifest.classes for shards in sets])
+        if given is None and alike_names(self.classes):
+            warn_of_alike(sets, self.classes)
         self.number = {name: index for index, name in enumerate(self.classes)}
         if given is not None:
             self.number = dict(given)
@@ -221,18 +223,6 @@ class Vocabulary:
         ]
 
 
-def joined_classes(sets: Sequence[ShardSet], is_told: bool = True) -> list[str]:
-    """Label names of all sets; two that differ in case, spaces, - or _ alone are warned of."""
-    classes = joined_names([shards.manifest.classes for shards in sets])
-    if is_told and (alike := alike_names(classes)):
-        logger.warning(
-            "%s: classes %r and %r are two, and differ in case, spaces, - or _ alone; where they "
-            "are one, convert anew with one name",
-            ", ".join(str(shards.folder) for shards in sets), *alike,
-        )  # fmt: skip
-    return classes
-
-
 def named_numbers(given: Mapping[str, int], names: Sequence[str], where: str) -> list[str]:
     """The names of `given` by their numbers; InputError where it cannot number `names`."""
     lost = [name for name in names if name not in given]
@@ -246,22 +236,6 @@ def named_numbers(given: Mapping[str, int], names: Sequence[str], where: str) ->
         raise InputError(f"{where}: class_to_idx {dict(given)}: numbers are 0 or more, each once")
     found = {number: name for name, number in given.items()}
     return [found.get(number, "") for number in range(max(numbers, default=-1) + 1)]
-
-
-def check_mixable(sets: Sequence[ShardSet]) -> None:
-    """Refuse sets whose codes one decoder cannot read into one batch."""
-    first = sets[0].manifest.contract
-    for shards in sets[1:]:
-        contract = shards.manifest.contract
-        for name in ("latent_id", "encoding", "codes_shape", "latents_shape", "patch_px"):
-            if getattr(contract, name) != getattr(first, name):
-                raise ContractError(
-                    f"{shards.folder}: {name} {getattr(contract, name)}, but {sets[0].folder} has "
-                    f"{getattr(first, name)}; only sets of one latent_id, encoding, shape and "
-                    "patch size merge, or mix in one batch. 'latentds repack --encoding' codes one "
-                    "set of the same latents as another; latentds.loading.mixing.MixedLoader mixes "
-                    "them as pixels"
-                )
 
 
 class Collator:

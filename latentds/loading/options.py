@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from latentds.errors import ContractError
+from latentds.store.format import alike_names
+from latentds.store.reader import ShardSet
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,3 +99,29 @@ class Mixture:
         self.folders: list[str | os.PathLike[str]] = list(weights)
         self.weights = [float(weight) for weight in weights.values()]
         self.epoch_patches = epoch_patches
+
+
+def warn_of_alike(sets: Sequence[ShardSet], classes: Sequence[str]) -> None:
+    """Tell of two label names that differ in case, spaces, - or _ alone."""
+    if alike := alike_names(classes):
+        logger.warning(
+            "%s: classes %r and %r are two, and differ in case, spaces, - or _ alone; where they "
+            "are one, convert anew with one name",
+            ", ".join(str(shards.folder) for shards in sets), *alike,
+        )  # fmt: skip
+
+
+def check_mixable(sets: Sequence[ShardSet]) -> None:
+    """Refuse sets whose codes one decoder cannot read into one batch."""
+    first = sets[0].manifest.contract
+    for shards in sets[1:]:
+        contract = shards.manifest.contract
+        for name in ("latent_id", "encoding", "codes_shape", "latents_shape", "patch_px"):
+            if getattr(contract, name) != getattr(first, name):
+                raise ContractError(
+                    f"{shards.folder}: {name} {getattr(contract, name)}, but {sets[0].folder} has "
+                    f"{getattr(first, name)}; only sets of one latent_id, encoding, shape and "
+                    "patch size merge, or mix in one batch. 'latentds repack --encoding' codes one "
+                    "set of the same latents as another; latentds.loading.mixing.MixedLoader mixes "
+                    "them as pixels"
+                )

@@ -27,12 +27,11 @@ from latentds.errors import ContractError, InputError, ShapeError, unknown_name
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
 from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.hub.licences import recorded_licences
-from latentds.loading.batch import check_mixable
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.decoding import Decode
 from latentds.loading.fields_of_view import check_fields
 from latentds.loading.loader import LatentLoader
-from latentds.loading.options import Mixture, Order
+from latentds.loading.options import Mixture, Order, check_mixable
 from latentds.quantizers.codebooks import StoredCodebook
 from latentds.sources.cut_options import CutOptions
 from latentds.store.reader import ShardSet

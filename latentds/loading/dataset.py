@@ -280,7 +280,7 @@ class LatentDataset(IterableDataset[Batch]):
         ids = [manifest.dataset_id for manifest in manifests]
         revisions = [shards.revision for shards in self.sets]
         mixture, single = self.mixture, len(ids) == 1
-        drawn = mixture and digest_of([mixture.weights, mixture.epoch_patches])
+        drawn = mixture and [mixture.weights, mixture.epoch_patches]
         return LoaderState(
             dataset_id=ids[0] if single else digest_json(ids),
             latent_id=manifests[0].contract.latent_id,
@@ -293,7 +293,7 @@ class LatentDataset(IterableDataset[Batch]):
             lanes=self.batching.lanes,
             balance=self.balance,
             selection=self.selection,
-            mixture=drawn,
+            mixture=None if drawn is None else digest_of(drawn),
             epoch=epoch,
             batch=batch,
         )

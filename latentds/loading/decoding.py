@@ -50,7 +50,10 @@ def make_lookup(
     def latents(book: AnyCodebook, records: Tensor) -> Tensor:
         return book.dequantize(records).to(dtype)
 
-    return lambda codes, numbers=None: by_book(codebooks, codes, numbers, latents)
+    def look_up(records: Tensor, numbers: Tensor | None = None) -> Tensor:
+        return by_book(codebooks, records, numbers, latents)
+
+    return look_up
 
 
 class Levels:

@@ -124,7 +124,7 @@ def find_decoders(
     raises  ContractError for one given that reads no set's latents, or two that read the same;
             WeightsError for a set whose decoder is not at hand
     """
-    several = list(given) if isinstance(given, (list, tuple)) else [given]
+    several: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     known = {shards.manifest.contract.latent_id for shards in sets}
     found: dict[Any, Autoencoder] = {}
     for one in several:
@@ -293,7 +293,7 @@ class MixedLoader:
         raises     ContractError where it is of other sets, weights, or another order
         """
         where = ", ".join(map(str, self.folders))
-        groups = state.get("groups")
+        groups: Any = state.get("groups")
         is_mixed = state.get("version") == STATE_VERSION and isinstance(groups, list)
         if not is_mixed or (state.get("shares"), len(groups)) != (self.shares, len(self.groups)):
             raise ContractError(

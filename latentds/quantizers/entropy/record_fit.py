@@ -24,6 +24,7 @@ MAX_FIT_PATCHES = 512  # 1,024 change the bytes of other patches by less than 0.
 # Octaves of the steps around the one that spends the bytes on average; 256 steps are 1.4 % apart,
 # so that half a step, what a patch leaves unused on average, is 0.02 dB.
 FINER, COARSER = 2.0, 3.0
+RANGE_PATCHES = 64  # that tell which sizes are possible: a tenth of a second each
 ROUNDS = 3  # steps by the tables, then model and tables anew at these steps
 CLASSES, PARENTS = 8, 4  # 16 classes save another 0.3 %, all earlier channels as parents 0.3 %
 LANES = 32
@@ -77,7 +78,7 @@ def fit_entropy_codebook(
     lanes         by default 32, or as many as a quarter of the cells, if those are fewer
     classes       K; 1 for one table a channel, without a model
     raises        ShapeError or ValueError for latents that cannot be used, and for bytes that they
-                  cannot reach, with the bound that they miss
+                  cannot reach, with those that they can
     """
     sample = collect(latents)
     channels, height, width = (int(size) for size in sample.shape[1:])
@@ -89,8 +90,8 @@ def fit_entropy_codebook(
     lanes = lanes or min(LANES, max(1, height * width // 4))
     shape = (channels, height, width)
     try:
-        if record_bytes > (most := encoding.most_bytes(shape)):
-            raise ValueError(f"at most {most} are filled")
+        if record_bytes > encoding.most_bytes(shape):
+            raise ValueError("they would not be filled")
         codebook, nominal = plain_codebook(values, shape, record_bytes, lanes)
         codebook = dataclasses.replace(codebook, gains=weights)
         encoding.check_reach(codebook)
@@ -101,7 +102,7 @@ def fit_entropy_codebook(
     except ValueError as error:
         raise ValueError(
             f"records of {record_bytes} bytes: no tables of these latents bring every patch "
-            f"to that size ({error}); choose others, or additive codes"
+            f"to that size; {possible_bytes(values, shape, lanes)}"
         ) from error
     return codebook, report(values, nominal, codebook)
 
@@ -125,6 +126,22 @@ def plain_codebook(
         thresholds=np.zeros((channels, 0), np.int32),
     )
     return codebook, nominal
+
+
+def possible_bytes(values: Tensor, latents_shape: tuple[int, int, int], lanes: int) -> str:
+    """What record sizes tables of such values can reach, in words: tried, a sixteenth apart."""
+    most, found = encoding.most_bytes(latents_shape), []
+    for sixteenths in range(1, 17):
+        record_bytes = most * sixteenths // 16
+        try:
+            parts = (values[:RANGE_PATCHES], latents_shape, record_bytes, lanes)
+            encoding.check_reach(plain_codebook(*parts)[0])
+        except ValueError:
+            continue
+        found.append(record_bytes)
+    if not found:
+        return "no number of bytes will do: use additive codes"
+    return f"possible are about {found[0]:,} to {found[-1]:,}, or additive codes"
 
 
 def refit(integers: Tensor, codebook: EntropyCodebook, classes: int) -> EntropyCodebook:

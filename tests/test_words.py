@@ -1,6 +1,6 @@
 """What readers say of themselves."""
 
-from latentds import LatentLoader, MultiCrop, ShardSet
+from latentds import LatentLoader, MultiCrop, Order, ShardSet
 from tests.fakes import MeanAutoencoder
 
 OPTIONS = {"split": "val", "autoencoder": MeanAutoencoder()}
@@ -11,6 +11,14 @@ def test_a_set_shows_what_it_holds(shared_dataset):
         f"ShardSet({shared_dataset}: 600 patches (train 500, val 100) of 32x32 px, 2 slides, "
         "2 classes, 48 bytes a patch)"
     )
+
+
+def test_a_loader_shows_its_epoch(shared_dataset):
+    order = Order(global_batch_size=64, rank=1, world_size=2)
+    loader = LatentLoader(shared_dataset, shuffle=True, seed=3, order=order, **OPTIONS)
+    epoch = f"{shared_dataset}, val: 100 patches shuffled by seed 3, 2 batches of 32, rank 1 of 2"
+    assert repr(loader) == f"LatentLoader({epoch}, decode='pixels' on cpu, 0 workers)"
+    assert repr(loader.dataset) == f"LatentDataset({epoch}, decode='stored')"
 
 
 def test_a_batch_shows_its_tensors_and_no_values(shared_dataset):

@@ -187,6 +187,20 @@ class LatentDataset(IterableDataset[Batch]):
         # A copy has memory of its own, its workers must see it.
         self.position.share_memory_()  # type: ignore[no-untyped-call]
 
+    def __repr__(self) -> str:
+        return f"LatentDataset({self.describe()}, decode={self.collator.decode!r})"
+
+    def describe(self) -> str:
+        """What an epoch is made of, for `repr`."""
+        folders = " + ".join(str(shards.folder) for shards in self.sets)
+        order = f"shuffled by seed {self.seed}" if self.shuffle else "in order"
+        ranks = f", rank {self.rank} of {self.world_size}" if self.world_size > 1 else ""
+        size = self.batching.global_batch // self.batching.ranks
+        return (
+            f"{folders}, {self.split}: {self.patches:,} patches {order}, {len(self):,} batches of "
+            f"{size}{ranks}"
+        )
+
     def __len__(self) -> int:
         """Batches of an epoch, the same on every rank."""
         return len(self.batching)

@@ -191,6 +191,12 @@ class LatentLoader:
         """Label of every class name, as ImageFolder has it."""
         return self.dataset.class_to_idx
 
+    def __repr__(self) -> str:
+        return (
+            f"LatentLoader({self.dataset.describe()}, decode={self.decode!r} on {self.device}, "
+            f"{self.transfers.num_workers} workers)"
+        )
+
     def __len__(self) -> int:
         """Batches of an epoch on this rank."""
         return len(self.dataset)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 import torch
@@ -18,13 +18,14 @@ from latentds.core.processes import shared_buffer
 from latentds.core.randomness import patch_seeds
 from latentds.errors import FormatError, InputError
 from latentds.loading.decoding import make_integers
-from latentds.loading.options import check_mixable, warn_of_alike
+from latentds.loading.options import ANSWERS, check_mixable, warn_of_alike
 from latentds.loading.order import Drawn
 from latentds.quantizers.scalar import AnyCodebook, dequantize_each
 from latentds.store.format import alike_names, joined_names
 from latentds.store.reader import ShardSet
 from latentds.views.view_batch import Views
 
+P = ParamSpec("P")
 Layout = list[tuple[str, torch.dtype, list[int], int]]  # name, dtype, shape, offset of every tensor
 Packed = tuple[Tensor, Layout, dict[str, Any]]
 LARGE = ("codes", "latents", "images", "masks")
@@ -355,3 +356,16 @@ def check_group(value: object, kind: type[object], name: str) -> None:
     """TypeError where a group of options is not given as one, `select="x > 5"` for example."""
     if not isinstance(value, kind):
         raise TypeError(f"{name}={value!r}: pass {name}={kind.__name__}(...), as its help has it")
+
+
+def answering(init: Callable[P, None]) -> Callable[P, None]:
+    """A reader's constructor whose TypeError for a word of DataLoader names what to pass."""
+
+    @functools.wraps(init)
+    def constructor(*given: P.args, **named: P.kwargs) -> None:
+        for word in named:
+            if word in ANSWERS:
+                raise TypeError(f"{type(given[0]).__name__} takes no {word}=: {ANSWERS[word]}")
+        init(*given, **named)
+
+    return constructor

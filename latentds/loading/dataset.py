@@ -26,7 +26,7 @@ from latentds.core.processes import (
 from latentds.core.randomness import digest_of
 from latentds.core.storage import digest_json
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
-from latentds.loading.batch import Batch, Collator, check_group
+from latentds.loading.batch import Batch, Collator, answering, check_group
 from latentds.loading.fields_of_view import warn_of_fields
 from latentds.loading.options import Mixture, Order, Select
 from latentds.loading.order import Batching, Drawn, LoaderState, PackSampler, check_state, join
@@ -72,6 +72,7 @@ class LatentDataset(IterableDataset[Batch]):
     repeat a patch, and global batches are the same for any number of either.
     """
 
+    @answering
     def __init__(
         self,
         folder: str | os.PathLike[str] | Mixture,

@@ -19,7 +19,7 @@ from latentds.core.processes import REMEDY, choose_device, describe_shm, gather,
 from latentds.errors import WorkerError
 from latentds.loading.array import Resident
 from latentds.loading.augmenting import Making, Watched, find_augment, replayed
-from latentds.loading.batch import Batch, check_group
+from latentds.loading.batch import Batch, answering, check_group
 from latentds.loading.dataset import LatentDataset, Transfer, Transfers, check_bad
 from latentds.loading.decoding import Decode, Decoder, Integers, check_decode, make_decoder
 from latentds.loading.options import Mixture, Order, Select, Workers
@@ -67,6 +67,7 @@ class LatentLoader:
     them. A state taken with an epoch's last batch is the beginning of the next epoch.
     """
 
+    @answering
     def __init__(
         self,
         folder: str | os.PathLike[str] | Mixture,

@@ -13,6 +13,31 @@ from latentds.store.format import alike_names
 from latentds.store.reader import ShardSet
 
 logger = logging.getLogger(__name__)
+BY_SEED = "every random number follows from seed="
+PINNED = "leave it, memory is pinned where a GPU decodes"
+OWN_SAMPLER = (
+    "select=Select(...) chooses and balances patches; for a sampler of your own open "
+    "LatentArray(..., resident=False), a map-style data set for torch's DataLoader"
+)
+# Words of torch.utils.data.DataLoader, and what does that here.
+ANSWERS = {
+    "drop_last": "pass order=Order(last='drop')",
+    "pin_memory": PINNED,
+    "pin_memory_device": PINNED,
+    "sampler": OWN_SAMPLER,
+    "batch_sampler": OWN_SAMPLER,
+    "collate_fn": "batches are made here, on the device; change them by transform=, or by "
+    "latentds.loading.adapters.MappedLoader(loader, function)",
+    "prefetch_factor": "pass num_workers=Workers(prefetch_factor=...) to a LatentLoader",
+    "multiprocessing_context": "pass num_workers=Workers(multiprocessing_context=...) to a "
+    "LatentLoader",
+    "generator": BY_SEED,
+    "worker_init_fn": f"{BY_SEED}, and workers only read",
+    "persistent_workers": "workers stay between epochs as they are",
+    "timeout": "a worker that dies is told of by WorkerError as it is",
+    "in_order": "batches always come in order",
+    "dataset": "the first argument is a set's folder or location",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,10 @@ class UnreachableError(InputError):
     """The Hub, which does not answer."""
 
 
+class LocationError(LatentdsError):
+    """A location that gives no bytes any more; no fault of the picture that was being read."""
+
+
 class ShapeError(LatentdsError, ValueError):
     """An array whose shape does not fit."""
 

@@ -13,10 +13,10 @@ from latentds.core.display import left_out_text
 from latentds.errors import InputError, TooManyBadSamplesError, UnusableError
 from latentds.sources.coordinates import read_coordinates
 from latentds.sources.cut_options import SourceOptions
+from latentds.sources.slide_ranges import open_slide
 from latentds.sources.slide_reading import (
     cut_region,
     grid,
-    open_slide,
     otsu,
     slide_mpp,
     thumbnail_of,

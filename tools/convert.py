@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -82,18 +83,26 @@ def convert_to(config: Config) -> dict[str, Any]:
 
 
 def with_local_source(config: Config) -> Config:
-    """The config with an input on an object store copied to a local folder, once."""
+    """The config with an input on an object store copied to a local folder, once.
+
+    Of tiled slides only the directories: their tiles are fetched where they are read.
+    """
     from latentds.sources.picture_rows import hub_id
+    from latentds.sources.slide_ranges import make_hollow
     from latentds.store.cache import CacheConfig
     from latentds.store.object_store import download, location_of
+    from latentds.store.transport import Transport
 
     location = location_of(config.source)
     if location is None or hub_id(config.source):
         return config
     digest = hashlib.sha256(location.encode()).hexdigest()[:16]
-    # Earlier versions left files with holes in folders without `-whole`.
-    folder = (config.work or CacheConfig().resolve()[0] / "staging") / f"source-{digest}-whole"
-    return dataclasses.replace(config, source=download(location, folder))
+    is_ray = config.engine == "ray"  # whose workers may have no such folder
+    folder = (config.work or CacheConfig().resolve()[0] / "staging") / f"source-{digest}"
+    folder = folder.with_name(f"{folder.name}-whole") if is_ray else folder
+    hollow = functools.partial(make_hollow, Transport(location), config.kind)
+    source = download(location, folder) if is_ray else download(location, folder, hollow)
+    return dataclasses.replace(config, source=source, location=location)
 
 
 def staging_of(config: Config, location: str) -> Path:

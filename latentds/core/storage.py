@@ -170,6 +170,17 @@ def open_regular(path: Path, where: str = "", buffering: int = -1) -> BinaryIO:
         raise
 
 
+def tiles_file(path: Path) -> Path:
+    """Beside a slide that is read in place: a byte for every tile, 1 once it is no hole."""
+    return path.with_name(f".{path.name}.tiles")
+
+
+def check_whole(path: Path) -> None:
+    """Refuse a file with holes, which only `sources.slide_ranges` fills before it is read."""
+    if tiles_file(path).is_file():
+        raise InputError("has holes that only its location can fill; convert that")
+
+
 def expands_to(dataset: Any, path: Path) -> str | None:
     """What is wrong with how an h5 dataset is stored, None where nothing is.
 
@@ -210,6 +221,8 @@ def open_picture(
             one of codecs.formats.DECODE_ERRORS
     """
     with contextlib.ExitStack() as opened:
+        if isinstance(file, Path):
+            check_whole(file)
         content = opened.enter_context(open_regular(file)) if isinstance(file, Path) else file
         yield opened.enter_context(Image.open(content, formats=formats or known_formats()))
 

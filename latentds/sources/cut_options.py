@@ -10,7 +10,9 @@ import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+import tyro
 
 from latentds.core.storage import check_regular
 from latentds.errors import InputError
@@ -123,6 +125,8 @@ class SourceOptions(CutOptions):
     hashes under this key. Keep the file: with it, the same slide gets the same name again."""
     seed: int = 0
     """Seed of all random choices."""
+    location: Annotated[str | None, tyro.conf.Suppress] = None
+    """Where the input lies, if `source` is a copy whose slides are filled from there."""
 
     def __post_init__(self) -> None:
         # A Path leaves hf:/ of hf://; sources.picture_rows.hub_id knows both.

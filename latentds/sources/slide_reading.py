@@ -87,8 +87,8 @@ def _probe(path: Path, size: int, mtime_ns: int) -> None:
         raise UnusableError(f"OpenSlide dies of it ({how}); damaged, or made to do that")
 
 
-def open_slide(path: Path) -> Any:
-    """An open slide; InputError (without the name) where OpenSlide cannot."""
+def open_whole(path: Path) -> Any:
+    """OpenSlide's own, of a file; InputError (without the name) where it cannot."""
     try:
         import openslide
     except ImportError as error:

@@ -20,6 +20,7 @@ from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.side_tables import with_tables
 from latentds.sources.slide_looks import LOOK_PX, Overview, SlideLook, draw_look
 from latentds.sources.slide_names import named_once
+from latentds.sources.slide_ranges import bring_regions, open_slide
 from latentds.sources.slide_reading import (
     UNREADABLE,
     cut_region,
@@ -28,7 +29,6 @@ from latentds.sources.slide_reading import (
     grid,
     has_edges,
     is_slide_error,
-    open_slide,
     overview_level,
     own_scale,
     reason_of,
@@ -41,6 +41,7 @@ from latentds.sources.slide_reading import (
 from latentds.sources.slide_regions import SlideRegions, note_unused_regions
 from latentds.sources.source import Inspection, Kept, Source
 from latentds.store.patch_record import Patch, Place
+from latentds.store.transport import Transport
 
 logger = logging.getLogger(__name__)
 DEFAULT_PATCH_PX = 256
@@ -64,6 +65,7 @@ class Slides(Source):
         self.options, self.root = options, options.source
         self.edge = options.patch_size or DEFAULT_PATCH_PX
         self.handles: Kept[Any] = Kept(OPEN_SLIDES)
+        self.transport = Transport(options.location) if options.location else None
         self.places: dict[str, np.ndarray] = {}
         self.empty: dict[str, str] = {}  # slides without a patch, and why
         self.looked_at: dict[str, int] = {}  # places of patches, those not taken included
@@ -135,11 +137,11 @@ class Slides(Source):
 
     def open(self, picture: Picture) -> Any:
         """A slide's handle; the least recently used of many is closed by its last reader."""
-        path = self.file(picture)
+        path, name = self.file(picture), picture.source
         try:
-            return self.handles.get(picture.source, lambda: open_slide(path))
+            return self.handles.get(name, lambda: open_slide(path, self.transport, name))
         except BaseException:
-            self.handles.drop(picture.source)  # a moment later it may open
+            self.handles.drop(name)  # a moment later it may open
             raise
 
     def find_places(self, picture: Picture, slide: Any) -> np.ndarray:
@@ -296,6 +298,7 @@ class Slides(Source):
         with self.reading(picture):
             slide = self.open(picture)
             scale = self.scale(picture, slide)
+            bring_regions(slide, regions, scale, self.edge)
             images = [cut_region(slide, at, scale, self.edge) for at in regions]
         return [
             Patch(

@@ -36,12 +36,11 @@ class HeaderFile:
         return self.file.read(size)
 
 
-class Window(io.RawIOBase):
-    """(offset, size) of an open file as a file of their own; closes it at its end."""
+class SeekableFile(io.RawIOBase):
+    """What raw files of a known size have in common; a kind of them says `readinto`."""
 
-    def __init__(self, file: BinaryIO, span: tuple[int, int]) -> None:
-        self.file, self.place = file, 0
-        self.offset, self.size = span
+    def __init__(self, size: int) -> None:
+        self.size, self.place = size, 0
 
     def readable(self) -> bool:
         return True
@@ -52,6 +51,14 @@ class Window(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self.place = max(0, (0, self.place, self.size)[whence] + offset)
         return self.place
+
+
+class Window(SeekableFile):
+    """(offset, size) of an open file as a file of their own; closes it at its end."""
+
+    def __init__(self, file: BinaryIO, span: tuple[int, int]) -> None:
+        super().__init__(span[1])
+        self.file, self.offset = file, span[0]
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self.size - self.place)]

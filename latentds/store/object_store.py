@@ -65,9 +65,12 @@ def upload(
     return manifest
 
 
-def download(location: str, folder: Path) -> Path:
+def download(
+    location: str, folder: Path, in_place: Callable[[str, Path, int], bool] = lambda *_: False
+) -> Path:
     """A location's files in a local folder; what is there with its size is not fetched again.
 
+    in_place  told a file's name there, its path here and its size: whether it need not be fetched
     raises  InputError where nothing lies there, or a name leads out of the folder
     """
     from latentds.core.display import progress
@@ -79,7 +82,9 @@ def download(location: str, folder: Path) -> Path:
             raise InputError(f"{shown(location)}: no files there")
         with progress(total=sum(found.values()), unit="B", unit_scale=True, desc="fetching") as bar:
             for name, size in sorted(found.items()):
-                fetch(filesystem, f"{root}/{name}", folder / inside(name, location), size)
+                path = folder / inside(name, location)
+                if not in_place(name, path, size):
+                    fetch(filesystem, f"{root}/{name}", path, size)
                 bar.update(size)
     return folder
 

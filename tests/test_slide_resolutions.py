@@ -130,6 +130,7 @@ def test_slides_without_tissue_alone_are_refused_with_the_reason(tmp_path):
     ("broken", "tissue"),
     [
         ((1,), "otsu"),
+        ((0, 1), "otsu"),
         ((0, 1), "dsmil"),
         pytest.param((1,), "dsmil", marks=pytest.mark.slow),
     ],
@@ -193,11 +194,3 @@ def test_resolutions_are_counted_and_several_noticed():
     assert found == {"0.25": 3, "0.5": 1, "unknown": 1}
     assert are_several(found) and are_several({"0.25": 1, "0.5": 1})
     assert not are_several({"0.25": 1, "0.252": 1}) and not are_several({"unknown": 5})
-
-
-def test_a_slide_of_which_no_level_is_whole_is_left_out(tmp_path):
-    write_slide(tmp_path / "in/a.tif")
-    for page in (0, 1):
-        spoil_tile(tmp_path / "in/a.tif", page, 0)
-    with pytest.raises(TooManyBadSamplesError, match=r"a\.tif: .*no level as a whole"):
-        convert(tmp_path / "in", tmp_path / "out", patch_size=128, **MPP)

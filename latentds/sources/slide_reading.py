@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ NO_PIXEL = 0.01  # parts of a pixel that are rounding's
 ROUNDING = 1e-9  # of floats: 0.525 is within 5 % of 0.5
 PLAUSIBLE_MPP = (0.05, 20.0)
 MAX_PLACES = 10**7  # a grid of more is a mistake in a resolution
+ReadRegion = Callable[[Any, tuple[int, int], int, tuple[int, int]], Image.Image]
 # Saturation of 255 below which nothing is stained; CLAM's default (create_patches_fp.py, sthresh).
 CLAM_SATURATION = 8
 # Below it Otsu's split of an empty slide would call noise tissue.
@@ -218,15 +220,18 @@ def overview_level(slide: Any, mpp: float) -> int:
     return level
 
 
-def thumbnail_of(slide: Any, mpp: float, level: int | None = None) -> tuple[np.ndarray, float]:
+def thumbnail_of(
+    slide: Any, mpp: float, level: int | None = None, read: ReadRegion = on_white
+) -> tuple[np.ndarray, float]:
     """A slide at about 8 micrometres a pixel, on white, and level-0 pixels a pixel of it.
 
     Read in strips: a level may be larger than the memory.
 
     level  to read from, by default the coarsest that is fine enough
+    read   a region of it, as `on_white` does
     """
     level = overview_level(slide, mpp) if level is None else level
-    return shrink_level(slide, overview_factor(slide, mpp), level)
+    return shrink_level(slide, overview_factor(slide, mpp), level, read)
 
 
 def small_view(slide: Any, edge: int) -> tuple[np.ndarray, float] | None:
@@ -238,7 +243,9 @@ def small_view(slide: Any, edge: int) -> tuple[np.ndarray, float] | None:
     return shrink_level(slide, factor, level)
 
 
-def shrink_level(slide: Any, factor: float, level: int) -> tuple[np.ndarray, float]:
+def shrink_level(
+    slide: Any, factor: float, level: int, read: ReadRegion = on_white
+) -> tuple[np.ndarray, float]:
     """A level `factor` times smaller than level 0, and how many times exactly it is."""
     width, height = slide.dimensions
     columns, rows = max(1, round(width / factor)), max(1, round(height / factor))
@@ -250,7 +257,7 @@ def shrink_level(slide: Any, factor: float, level: int) -> tuple[np.ndarray, flo
     for first in range(0, rows, count):
         part = min(count, rows - first)
         top, bottom = math.floor(first * high), min(math.ceil((first + part) * high), down)
-        region = on_white(slide, (0, round(top * step)), level, (across, bottom - top))
+        region = read(slide, (0, round(top * step)), level, (across, bottom - top))
         box = (0, first * high - top, across, min((first + part) * high - top, bottom - top))
         strips.append(np.asarray(region.resize((columns, part), Image.Resampling.BOX, box=box)))
     return np.concatenate(strips), width / columns

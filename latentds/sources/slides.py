@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
@@ -23,12 +24,14 @@ from latentds.sources.slide_names import named_once
 from latentds.sources.slide_ranges import bring_regions, open_slide
 from latentds.sources.slide_reading import (
     UNREADABLE,
+    ReadRegion,
     cut_region,
     describe_slide,
     distinct,
     grid,
     has_edges,
     is_slide_error,
+    on_white,
     overview_level,
     own_scale,
     reason_of,
@@ -47,6 +50,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_PATCH_PX = 256
 OPEN_SLIDES = 32
 MOST_ENLARGED = 1.05  # resampling may enlarge by so much unless --enlarge asks for more
+BLOCK_PX = 64  # of a broken overview, read or given up at once: no larger than its tiles
 
 
 class Slides(Source):
@@ -73,6 +77,7 @@ class Slides(Source):
         self.looks: dict[str, SlideLook] = {}
         folder = options.regions
         self.chosen = SlideRegions(folder, options) if folder is not None else None
+        self.repaired: set[str] = set()  # slides whose overview could not be read everywhere
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without handles and what was found, for a worker elsewhere.
@@ -227,6 +232,8 @@ class Slides(Source):
             yield f"{outside:,} of {places:,} places: too little of it in its regions"
         if bare := self.chosen.bare.get(picture.source) if self.chosen else None:
             yield f"no patch of class {', '.join(bare)}: no region of it is a patch's largest share"
+        if picture.source in self.repaired:
+            yield "its overview cannot be read everywhere; what cannot counts as background"
 
     def has_edges(self, picture: Picture, at: tuple[int, int], scale: float) -> bool:
         """DSMIL's rule at one place; what cannot be read is kept, for its patch to be told."""
@@ -237,7 +244,7 @@ class Slides(Source):
             return True
 
     def overview(self, picture: Picture, slide: Any) -> tuple[np.ndarray, float]:
-        """`thumbnail_of` a slide, past broken tiles: of a finer level."""
+        """`thumbnail_of` a slide, past broken tiles: from a finer level, or with holes of white."""
         mpp = self.own_mpp(picture, slide)
         assert mpp is not None  # only coordinates go without
         for level in range(overview_level(slide, mpp), -1, -1):
@@ -245,7 +252,36 @@ class Slides(Source):
                 return thumbnail_of(self.open(picture), mpp, level)
             except Exception as error:
                 self.forget(picture, error)
-        raise UnusableError(f"{UNREADABLE} (no level as a whole, for an overview)")
+        blocks = [0, 0]
+        found = thumbnail_of(self.open(picture), mpp, read=self.patched_reader(picture, blocks))
+        if blocks[0] == blocks[1]:
+            raise UnusableError(f"{UNREADABLE} (no part of its overview)")
+        logger.warning(
+            "%s: %d of %d parts of its overview cannot be read; taken for background",
+            picture.source, blocks[0], blocks[1],
+        )  # fmt: skip
+        self.repaired.add(picture.source)
+        return found
+
+    def patched_reader(self, picture: Picture, blocks: list[int]) -> ReadRegion:
+        """Reads a region block by block, white for those broken; counts [broken, all]."""
+
+        def read(_: Any, at: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+            whole = Image.new("RGB", size, (255, 255, 255))
+            step = self.open(picture).level_downsamples[level]
+            for left in range(0, size[0], BLOCK_PX):
+                for top in range(0, size[1], BLOCK_PX):
+                    part = (min(BLOCK_PX, size[0] - left), min(BLOCK_PX, size[1] - top))
+                    corner = (at[0] + round(left * step), at[1] + round(top * step))
+                    blocks[1] += 1
+                    try:
+                        whole.paste(on_white(self.open(picture), corner, level, part), (left, top))
+                    except Exception as error:
+                        self.forget(picture, error)
+                        blocks[0] += 1
+            return whole
+
+        return read
 
     def forget(self, picture: Picture, error: Exception) -> None:
         """Drop a handle that an error of OpenSlide broke; any other error is raised."""
@@ -333,4 +369,5 @@ class Slides(Source):
 
     def facts(self) -> dict[str, Any]:
         names = ("tissue", "min_tissue", "edges", "assume_mpp")
-        return {name: getattr(self.options, name) for name in names}
+        found = {name: getattr(self.options, name) for name in names}
+        return found | ({"overviews_with_holes": len(self.repaired)} if self.repaired else {})

@@ -70,6 +70,18 @@ def spoil_16_bit_tiff(path: Path) -> None:
         tifffile.imwrite(file, planes, photometric="rgb", planarconfig="separate")
 
 
+def spoil_16_bit_ppm(path: Path) -> None:
+    path.write_bytes(b"P6 32 32 65535\n" + bytes(32 * 32 * 6))
+
+
+def spoil_12_bit_jpeg2000(path: Path) -> None:
+    """A JPEG 2000 whose header says 12 bits; Pillow scales them."""
+    Image.fromarray(smooth_picture(0)).save(path, "JPEG2000", no_jp2=True)
+    content = bytearray(path.read_bytes())
+    content[42:51:3] = bytes([11] * 3)  # depth - 1 of every component in the marker SIZ
+    path.write_bytes(content)
+
+
 def spoil_text(path: Path) -> None:
     path.write_text("not a picture")
 
@@ -83,6 +95,8 @@ SPOILERS = {
     spoil_16_bit: "16-bit",
     spoil_16_bit_rgb: "16 bits",
     spoil_16_bit_tiff: "16 bits",
+    spoil_16_bit_ppm: "16 bits",
+    spoil_12_bit_jpeg2000: "12 bits",
     spoil_alpha: "transparent",
     spoil_text: "not a picture",
     spoil_empty: "not a picture",

@@ -19,8 +19,7 @@ from latentds.core.storage import canonical_json
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.image_folder import half_labelled, walk
 from latentds.sources.opening import list_source, open_source
-from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
-from latentds.sources.picture_files import MASK_SUFFIXES
+from latentds.sources.picture import MASK_SUFFIXES, MIXED_CHUNKS, Header, Listing, Picture
 from latentds.sources.source import PatchReader, Source
 from latentds.store.format import shard_name
 

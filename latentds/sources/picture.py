@@ -1,10 +1,21 @@
-"""A picture as a source finds it: a file, a slide, an archive's member; its header; a listing."""
+"""A picture as a source finds it: a file, a slide, an archive's member; its header, its mask."""
+# H W pixels
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
+from latentds.codecs.formats import DECODE_ERRORS
+from latentds.core.storage import open_picture
+from latentds.errors import UnusableError
+
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 Regions = Sequence[tuple[int, int]]  # x and y of patches in their picture's own pixels
 MIXED_CHUNKS = 4  # pictures of so many chunks are shuffled among each other
 
@@ -69,3 +80,49 @@ class Listing:
     notes: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+
+
+def find_mask(folder: Path, source: str, size_px: tuple[int, int]) -> Path:
+    """The mask of a picture below `folder`, its header checked; InputError (without the name)."""
+    paths = [(folder / source).with_suffix(suffix) for suffix in MASK_SUFFIXES]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise UnusableError(
+            f"has no mask under --masks ({Path(source).with_suffix('.png')})", "mask"
+        )
+    with opened_mask(path, size_px):
+        return path
+
+
+@contextlib.contextmanager
+def opened_mask(path: Path, size_px: tuple[int, int]) -> Iterator[Image.Image]:
+    """A mask of 8-bit grey or palette and of the picture's size; UnusableError else."""
+    try:
+        with open_picture(path) as image:
+            if image.mode not in ("L", "1", "P"):
+                raise UnusableError(
+                    f"its mask is of mode {image.mode}; 8-bit grey or palette masks only", "mask"
+                )
+            if image.size != size_px[::-1]:
+                raise UnusableError(
+                    f"its mask is {image.size} px, the picture {size_px[::-1]}", "mask"
+                )
+            yield image
+    except DECODE_ERRORS as error:
+        raise UnusableError(f"its mask cannot be read ({first_line(error)})", "mask") from error
+
+
+def read_mask(path: Path, size_px: tuple[int, int]) -> np.ndarray:
+    """Mask uint8 (H, W) of just that size, values untouched; InputError (without the name)."""
+    with opened_mask(path, size_px) as image:
+        # A palette's indices are the classes; its colours are for looking at.
+        return np.asarray(image).astype(np.uint8) * (255 if image.mode == "1" else 1)
+
+
+def first_line(error: Exception) -> str:
+    """An error's first line; Pillow repeats the path in some, which a manifest must not carry."""
+    text = str(error).strip().splitlines()
+    line = text[0] if text else type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        line = error.strerror
+    return "not a picture Pillow knows" if line.startswith("cannot identify image") else line

@@ -21,14 +21,22 @@ from latentds.errors import InputError, Reason, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, list_pictures, with_path_fields
 from latentds.sources.names import name_fields
-from latentds.sources.picture import Header, Listing, Picture, Regions
+from latentds.sources.picture import (
+    Header,
+    Listing,
+    Picture,
+    Regions,
+    find_mask,
+    first_line,
+    read_mask,
+)
 from latentds.sources.side_tables import PAIRS, READ, with_tables
 from latentds.sources.source import Inspection, Kept, Source, check_sizes
 from latentds.store.patch_record import Patch, Place
 
 TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
-MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 BITS_PER_SAMPLE = 258  # TIFF tag
+HEAD_BYTES = 1 << 16
 CONVERTED = ("1", "L", "P", "CMYK", "RGBA", "LA", "PA", "RGBX", "YCbCr")  # to RGB, and counted
 # First quantizer of the luma table in libjpeg's quality scale: table 16 at quality 50.
 JPEG_LUMA_AT_50 = np.array(
@@ -268,43 +276,6 @@ def read_picture(file: Path | BinaryIO, max_px: int) -> tuple[np.ndarray, str]:
         return np.asarray(image.convert("RGB")), image.mode
 
 
-def find_mask(folder: Path, source: str, size_px: tuple[int, int]) -> Path:
-    """The mask of a picture below `folder`, its header checked; InputError (without the name)."""
-    paths = [(folder / source).with_suffix(suffix) for suffix in MASK_SUFFIXES]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise UnusableError(
-            f"has no mask under --masks ({Path(source).with_suffix('.png')})", "mask"
-        )
-    with opened_mask(path, size_px):
-        return path
-
-
-@contextlib.contextmanager
-def opened_mask(path: Path, size_px: tuple[int, int]) -> Iterator[Image.Image]:
-    """A mask of 8-bit grey or palette and of the picture's size; UnusableError else."""
-    try:
-        with open_picture(path) as image:
-            if image.mode not in ("L", "1", "P"):
-                raise UnusableError(
-                    f"its mask is of mode {image.mode}; 8-bit grey or palette masks only", "mask"
-                )
-            if image.size != size_px[::-1]:
-                raise UnusableError(
-                    f"its mask is {image.size} px, the picture {size_px[::-1]}", "mask"
-                )
-            yield image
-    except DECODE_ERRORS as error:
-        raise UnusableError(f"its mask cannot be read ({first_line(error)})", "mask") from error
-
-
-def read_mask(path: Path, size_px: tuple[int, int]) -> np.ndarray:
-    """Mask uint8 (H, W) of just that size, values untouched; InputError (without the name)."""
-    with opened_mask(path, size_px) as image:
-        # A palette's indices are the classes; its colours are for looking at.
-        return np.asarray(image).astype(np.uint8) * (255 if image.mode == "1" else 1)
-
-
 def unsupported(words: str) -> UnusableError:
     return UnusableError(words, "unsupported")
 
@@ -320,18 +291,53 @@ def check_mode(mode: str) -> None:
 
 
 def check_depth(image: Image.Image) -> None:
-    """Refuse several pages, and 16 bits a channel, which Pillow opens as 8-bit all the same."""
+    """Refuse several pages, and over 8 bits a channel, which Pillow opens as 8 all the same."""
     pages = getattr(image, "n_frames", 1)
     if pages > 1:
         raise unsupported(f"has {pages} pages; split it into one file a page")
-    # Pillow scales a PNG's 16 bits itself, and makes noise of those of a planar TIFF.
-    tags, tiles = getattr(image, "tag_v2", {}), getattr(image, "tile", [])
-    is_16_bit = any(";16" in str(tile[3]) for tile in tiles)
-    bits = 16 if is_16_bit else int(np.max(tags.get(BITS_PER_SAMPLE, 8)))
+    bits = bits_a_channel(image)
     if bits > 8:
         raise unsupported(
             f"has {bits} bits a channel; convert to 8-bit RGB with a scaling you choose"
         )
+
+
+def bits_a_channel(image: Image.Image) -> int:
+    """Bits of an opened picture's widest channel as its file has them, 8 where it does not say.
+
+    Pillow opens files of more as 8-bit RGB, by a scaling of its own, or (planar TIFF) as noise.
+    """
+    tags = getattr(image, "tag_v2", None)
+    if tags is not None:  # TIFF
+        return int(np.max(tags.get(BITS_PER_SAMPLE, 8)))
+    tiles = getattr(image, "tile", [])  # (decoder, box, offset, arguments with the raw mode)
+    if any(";16" in str(tile[3]) or "16" in str(tile[0]) for tile in tiles):
+        return 16
+    largest = [tile[3][1] for tile in tiles if tile[0] in ("ppm", "ppm_plain")
+               and isinstance(tile[3], tuple) and len(tile[3]) > 1]  # fmt: skip
+    if largest:  # PPM says the largest value
+        return max(int(value).bit_length() for value in largest)
+    return box_bits(image) if image.format in ("JPEG2000", "AVIF") else 8
+
+
+def box_bits(image: Image.Image) -> int:
+    """Bits of JPEG 2000 or AVIF, from the box or marker near its beginning that tells."""
+    file: BinaryIO | None = getattr(image, "fp", None)
+    if file is None:
+        return 8
+    place = file.tell()
+    file.seek(0)
+    head = file.read(HEAD_BYTES)
+    file.seek(place)
+    if image.format == "AVIF":
+        at = head.find(b"av1C", 0, -3)
+        return 8 if at < 0 or not head[at + 6] & 0x40 else 12 if head[at + 6] & 0x20 else 10
+    at = head.find(b"\xff\x4f\xff\x51")  # SOC, SIZ: Csiz at 38 of it, then 3 bytes a component
+    if at < 0 or len(head) < at + 45:
+        return 8
+    count = int.from_bytes(head[at + 40 : at + 42], "big")
+    depths = head[at + 42 : at + 42 + 3 * count : 3]
+    return max([(depth & 0x7F) + 1 for depth in depths], default=8)
 
 
 def check_alpha(image: Image.Image) -> None:
@@ -363,15 +369,6 @@ def jpeg_quality(tables: dict[int, Any]) -> str:
         if len(luma) == 16 and (luma == expected).all():
             return str(quality)
     return "?"
-
-
-def first_line(error: Exception) -> str:
-    """An error's first line; Pillow repeats the path in some, which a manifest must not carry."""
-    text = str(error).strip().splitlines()
-    line = text[0] if text else type(error).__name__
-    if isinstance(error, OSError) and error.strerror:
-        line = error.strerror
-    return "not a picture Pillow knows" if line.startswith("cannot identify image") else line
 
 
 def fit(

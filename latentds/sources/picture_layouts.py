@@ -18,8 +18,8 @@ from latentds.sources.image_folder import (
     walk,
 )
 from latentds.sources.names import split_of_fold
-from latentds.sources.picture import Listing, Picture
-from latentds.sources.picture_files import MASK_SUFFIXES, PictureFiles, read_header
+from latentds.sources.picture import MASK_SUFFIXES, Listing, Picture
+from latentds.sources.picture_files import PictureFiles, read_header
 from latentds.sources.slide_names import named_once
 from latentds.sources.source import FOLDER_IMG, TILE_NAME, TILES, Inspection, Source
 

@@ -29,7 +29,8 @@ from latentds.loading.options import Order
 from latentds.quantizers.scalar import AnyCodebook, dequantize, dequantize_each, quantize
 from latentds.sources.image_folder import picture_suffixes, walk
 from latentds.sources.originals import Originals
-from latentds.sources.picture_files import first_line, read_picture
+from latentds.sources.picture import first_line
+from latentds.sources.picture_files import read_picture
 
 DEFAULT_CROP_PX = 256  # of pictures
 MAX_PX = 1 << 28

@@ -83,6 +83,7 @@ def test_tcga_ut_has_its_splits_classes_slides_and_patients(tmp_path):
     assert manifest.labels() == {"Skin_Cutaneous_Melanoma": 2, "Uterine_Carcinosarcoma": 1}
     assert sorted(manifest.slides) == sorted(SLIDES)
     found = told(tmp_path / "in", "slide", "split", "mpp")
+    assert "names end in #_#_#, which is not read" in " ".join(listed(tmp_path / "in")[1].notes)
     assert {(known_patient(slide)[1], split, mpp) for slide, split, mpp in found} == {
         ("TCGA-FS-A1Z7", "train", None),
         ("TCGA-N8-A4PN", "val", None),

@@ -62,6 +62,7 @@ CENTRE = re.compile(r"cent(?:er|re)_?\d+", re.IGNORECASE)  # CAMELYON17's folder
 NAMED_PLACE = re.compile(
     r"(?<![a-z])x=?[-_]?(\d{1,9})[_,;-]+y=?[-_]?(\d{1,9})(?!\d)", re.IGNORECASE
 )
+NUMBERS = re.compile(r"\d+(?:[_-]\d+)+$")  # in which a name ends: places, or who knows
 DUMPED = re.compile(r"\d{6}_x\d+_y\d+\.\w+")  # TRIDENT's patch_images/SLIDE/000000_x0_y512.png
 # QuPath's TileExporter: `slide [d=2,x=0,y=512,w=512,h=512].png`, in pixels of level 0.
 QUPATH = re.compile(
@@ -314,6 +315,15 @@ def path_fields(path: str) -> dict[str, Any]:
         if DUMPED.fullmatch(parts[-1]) and len(parts) > 1:
             found.setdefault("slide", parts[-2])
     return found
+
+
+def note_numbers(paths: Iterable[str]) -> tuple[str, ...]:
+    """That the numbers in which all these names end are not read, for people; else nothing."""
+    ends = (NUMBERS.search(PurePosixPath(path).stem) for path in paths)
+    forms = {re.sub(r"\d+", "#", end[0]) if end else "" for end in ends}
+    if len(forms) != 1 or forms == {""}:
+        return ()
+    return (f"names end in {forms.pop()}, which is not read; --name-pattern reads places, slides",)
 
 
 def check_class_names(labels: Iterable[str | None], where: object) -> tuple[str, ...]:

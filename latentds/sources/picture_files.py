@@ -19,7 +19,12 @@ from latentds.codecs.formats import DECODE_ERRORS
 from latentds.core.storage import open_picture
 from latentds.errors import InputError, Reason, UnusableError
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.image_folder import check_labels, list_pictures, with_path_fields
+from latentds.sources.image_folder import (
+    check_labels,
+    list_pictures,
+    note_numbers,
+    with_path_fields,
+)
 from latentds.sources.names import name_fields
 from latentds.sources.picture import (
     Header,
@@ -90,9 +95,10 @@ class PictureFiles(Source):
         if self.options.name_pattern:
             fields = name_fields(self.options.name_pattern)
             named = tuple(dataclasses.replace(p, **fields(p.source)) for p in found.pictures)
-        else:
-            named = tuple(map(with_path_fields, found.pictures))
-        return dataclasses.replace(found, pictures=named)
+            return dataclasses.replace(found, pictures=named)
+        named = tuple(map(with_path_fields, found.pictures))
+        told = note_numbers(p.source for p in named if p.x is None)
+        return dataclasses.replace(found, pictures=named, notes=(*found.notes, *told))
 
     def header(self, picture: Picture) -> Header:
         if picture.source in self.broken:

@@ -201,6 +201,33 @@ def test_usual_splits_are_no_note(tmp_path):
     assert listed(picture_table(tmp_path / "in", "split", ["train", "val", "test"])).notes == ()
 
 
+def test_empty_class_folders_are_told(tmp_path):
+    for folder in ("train/a", "train/b/slide", "val/a"):
+        save_pictures(tmp_path / "in" / folder, 1)
+    for folder in ("train/c", "val/b", "val/.hidden", "train/b/none"):
+        (tmp_path / "in" / folder).mkdir()
+    (tmp_path / "in/train/c/t.txt").write_text("no picture")
+    told = "no classes, as nothing in them is taken: folders 'train/c', 'val/b'"
+    assert listed(tmp_path / "in").notes == (told,)
+    assert listed(tmp_path / "in", labels=False).notes == ()
+
+
+@pytest.mark.parametrize("folder", ["", "images/"])
+def test_an_empty_class_folder_without_splits_is_told(tmp_path, folder):
+    save_pictures(tmp_path / f"in/{folder}a", 1)
+    save_pictures(tmp_path / f"in/{folder}b", 1)
+    (tmp_path / f"in/{folder}c").mkdir()
+    assert f"nothing in them is taken: folders '{folder}c'" in listed(tmp_path / "in").notes[-1]
+    (tmp_path / f"in/{folder}c").rmdir()
+    assert "nothing in them" not in " ".join(listed(tmp_path / "in").notes)
+
+
+def test_pictures_without_class_folders_have_no_empty_ones(tmp_path):
+    save_pictures(tmp_path / "in", 2)
+    (tmp_path / "in/c").mkdir()
+    assert listed(tmp_path / "in").notes == ()
+
+
 def test_hidden_pictures_are_told(tmp_path):
     root = tmp_path / "in"
     for folder in ("a", "b", "a/.thumbs/small", ".git"):

@@ -113,7 +113,8 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
     if card is not None:
         named = {path: SPLITS.get(split.lower(), split) for path, split in card.splits.items()}
         pictures = tuple(dataclasses.replace(p, split=named[p.source]) for p in pictures)
-    notes = (*(card.notes if card else ()), *folders.notes, *note_hidden(root, hidden))
+    notes = (*(card.notes if card else ()), *folders.notes, *note_empty(root, found, folders))
+    notes += note_hidden(root, hidden)
     return Listing(pictures, len(ignored), notes, tuple(ignored))
 
 
@@ -198,6 +199,18 @@ def read_folders(root: Path, paths: Sequence[str], use_labels: bool, use_splits:
             f"({odd[0]}); {NO_LABELS} takes none for a class"
         )
     return dataclasses.replace(rule, notes=tuple(notes))
+
+
+def note_empty(root: Path, paths: Iterable[str], rule: Folders) -> tuple[str, ...]:
+    """Folders beside class folders that hold none of these files, for people."""
+    folders = {PurePosixPath(path).parent for path in paths if rule.use_labels and "/" in path}
+    depths = ((folder, len(rule.parts(f"{folder}/_")[1])) for folder in folders)
+    taken = {(folder, *folder.parents)[depth - 1] for folder, depth in depths if depth}
+    above = sorted({folder.parent for folder in taken})
+    beside = [place / path.name for place in above for path in sorted((root / place).iterdir())
+              if path.is_dir() and path.name[0] != "."]  # fmt: skip
+    bare = [str(folder) for folder in beside if folder not in taken]
+    return (f"no classes, as nothing in them is taken: folders {some(bare)}",) if bare else ()
 
 
 def with_path_fields(picture: Picture) -> Picture:

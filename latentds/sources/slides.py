@@ -15,7 +15,7 @@ from PIL import Image
 
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.image_folder import check_labels, check_names, read_folders, walk
+from latentds.sources.image_folder import check_labels, check_names, note_empty, read_folders, walk
 from latentds.sources.kinds import one_a_series, sort_files
 from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.side_tables import with_tables
@@ -114,7 +114,8 @@ class Slides(Source):
         placed = [(folders.place(path), name) for path, name in names.items()]
         pictures = tuple(Picture(p.source, p.split, p.label, name) for p, name in placed)
         check_labels(self.root, pictures, folders.use_labels)
-        notes = folders.notes + note_unused_regions(self.chosen, names.values())
+        notes = folders.notes + note_empty(self.root, paths, folders)
+        notes += note_unused_regions(self.chosen, names.values())
         return Listing(pictures, notes=notes)
 
     def header(self, picture: Picture) -> Header:

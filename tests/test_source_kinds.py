@@ -222,11 +222,11 @@ def test_lines_of_metadata_that_no_set_can_hold_are_named(tmp_path, text):
         listed(tmp_path / "in")
 
 
-def test_tables_that_are_not_read_are_told(tmp_path):
+def test_tables_that_are_not_read_are_told_with_their_rows(tmp_path):
     save_pictures(tmp_path / "in", 2)
     (tmp_path / "in/clinical.tsv").write_text("case\tgrade\nx\t1\ny\t2\n")
     (note,) = listed(tmp_path / "in")[1].notes
-    assert note.startswith("no labels; not read: 'clinical.tsv'; --slide-table")
+    assert note.startswith("no labels; not read: 'clinical.tsv' (2 rows); --slide-table")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,7 @@ from latentds.errors import FormatError, InputError
 from latentds.sources.csv_tables import TextTable, decoded, read_table, text_lines
 from latentds.sources.names import ALIASES, columns_of, facts_of, note_splits, note_unused
 from latentds.sources.picture import Listing, Picture
-from latentds.sources.slide_names import plain_name, some
+from latentds.sources.slide_names import plain_name
 
 READ = {  # Hugging Face's imagefolder, and SPIDER's
     *("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet", "metadata.json"),
@@ -20,6 +21,7 @@ READ = {  # Hugging Face's imagefolder, and SPIDER's
 PAIRS = {"reference.csv", "stages.csv"}  # CAMELYON16's and CAMELYON17's: a slide's file, its class
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".xls"}
 MAX_JSON_BYTES = 1 << 28
+SHOWN = 3  # tables that a note names
 FIELDS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split")
 Facts = dict[str, dict[str, Any]]  # fields of a Picture by its source
 
@@ -63,7 +65,9 @@ def with_tables(root: Path, found: Listing, others: Sequence[str], use_labels: b
     if unread:
         bare = "" if any(p.label is not None for p in pictures) else "no labels; "
         what = "--slide-table reads one, or convert it itself"
-        notes.append(f"{bare}not read: {some(unread)}; {what}")
+        shown = ", ".join(f"{path!r}{counted_rows(root / path)}" for path in unread[:SHOWN])
+        more = f" and {len(unread) - SHOWN:,} more" if len(unread) > SHOWN else ""
+        notes.append(f"{bare}not read: {shown}{more}; {what}")
     ignored = found.ignored + left
     return dataclasses.replace(found, pictures=pictures, ignored=ignored, notes=tuple(notes))
 
@@ -148,6 +152,21 @@ def json_table(path: Path) -> TextTable:
 def plain(value: Any) -> str:
     """A value as a cell, empty for what is no text or number."""
     return str(value) if isinstance(value, (str, int, float)) else ""
+
+
+def counted_rows(path: Path) -> str:
+    """A table's rows in brackets; nothing where they cannot be counted."""
+    suffix = path.suffix.lower()
+    with contextlib.suppress(OSError, ValueError):
+        if suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return f" ({pq.read_metadata(path).num_rows:,} rows)"
+        if suffix in (".csv", ".tsv", ".jsonl"):
+            with path.open("rb") as file:
+                count = sum(bool(line.strip()) for line in file)
+            return f" ({max(count - (suffix != '.jsonl'), 0):,} rows)"
+    return ""
 
 
 def label_column(names: Sequence[str]) -> str | None:

@@ -329,7 +329,7 @@ def test_bytes_alone_choose_additive_codes_of_as_many(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"bytes": 40}, r"\(auto\) of latents of 3 channels x 16 cells take 16, 32 or 48,"),
+        ({"bytes": 40}, r"additive codes of latents of 3 channels x 16 cells take 16, 32 or 48,"),
         ({"codebook": Path("additive")}, "--codebook additive needs --bytes"),
         ({"codebook": Path("scalar"), "bytes": 32}, "scalar codes take a byte a latent value"),
         ({"bytes": 32, "levels": 16, "codebook": Path("additive")}, "leave --quantizer and"),

@@ -130,7 +130,7 @@ def test_evas_probe_learns_and_tests_the_weights_that_validated_best(monkeypatch
     assert fitted.remark == ""
     assert len(reached) == reached.index(max(reached)) + 1 + probes.patience_of(600)
     assert np.allclose(fitted.probabilities.sum(1), 1)
-    on_test, on_val = np.split(fitted.probabilities.argmax(1), [len(test)])
+    on_test, on_val = np.split(fitted.probabilities.argmax(1), [len(test.labels)])
     assert (on_test == test.labels).mean() > 0.6  # chance is a third
     recalls = [(on_val[val.labels == k] == k).mean() for k in range(3)]
     assert np.mean(recalls) == pytest.approx(max(reached))
@@ -168,7 +168,7 @@ def test_evas_probe_learns_from_few_patches_too():
 @pytest.mark.usefixtures("brisk")
 def test_a_feature_that_is_constant_in_training_says_nothing_of_others():
     train, val = examples(300), examples(60, seed=2)
-    constant = [np.full((len(part), 1), 0.1, np.float32) for part in (train, val)]
+    constant = [np.full((len(part.labels), 1), 0.1, np.float32) for part in (train, val)]
     parts = [
         part._replace(features=np.hstack([part.features, more]))
         for part, more in zip((train, val), constant, strict=True)

@@ -99,3 +99,16 @@ def test_a_parquet_member_that_would_decompress_to_much_is_refused(dataset):
     encoded = encode_table(table)
     with pytest.raises(LatentdsError, match="would decompress to"):
         decode_table(encoded, "bomb", SCHEMA, rows, ["source"])
+
+
+def test_a_table_of_more_rows_than_patches_is_refused_unread(monkeypatch):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from latentds.store.packs import SCHEMA, decode_table, encode_table
+
+    nulls = [pa.nulls(1_000_000, field.type) for field in SCHEMA]  # no bytes in a file
+    encoded = encode_table(pa.table(nulls, schema=SCHEMA))
+    monkeypatch.delattr(parquet.ParquetFile, "read")
+    with pytest.raises(LatentdsError, match="1000000 rows for 8 patches"):
+        decode_table(encoded, "nulls", SCHEMA, 8)

@@ -93,6 +93,8 @@ def decode_table(
     wanted = list(columns or schema.names)
     try:
         file = pq.ParquetFile(pa.BufferReader(encoded))
+        if rows not in (None, file.metadata.num_rows):  # nulls take no bytes until they are read
+            raise FormatError(f"{where}: {file.metadata.num_rows} rows for {rows} patches")
         found = file.schema_arrow
         for name in wanted:
             if name not in found.names:
@@ -265,8 +267,7 @@ def read_global_header(file: BinaryIO, where: str) -> dict[str, str]:
     if not 0 <= info.size <= MAX_HEADER_BYTES:
         raise FormatError(f"{where}: global header of {info.size} bytes; refused")
     record = file.read(info.size + -info.size % BLOCK)[: info.size]
-    fields: dict[str, str] = {}
-    start = 0
+    fields, start = dict[str, str](), 0
     try:  # lines `length key=value`
         while start < len(record):
             length = int(record[start : record.index(b" ", start, start + 12)])

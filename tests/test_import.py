@@ -340,6 +340,14 @@ def test_an_archive_of_several_arrays_needs_a_known_name(tmp_path):
         bring(tmp_path / "x.npz", tmp_path / "out")
 
 
+def test_tensors_of_a_kind_that_no_latents_have_are_refused(tmp_path):
+    save_file(
+        {"latents": torch.zeros(2, *SHAPE).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(InputError, match=r"latents is F8_E4M3; known: F64, F32, F16, BF16, U8"):
+        bring(tmp_path / "x.safetensors", tmp_path / "out")
+
+
 def test_labels_that_do_not_fit_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", latents=latents(0, 4), labels=np.arange(3))
     with pytest.raises(InputError, match=r"labels are int64 \(3,\), the latents 4 rows"):

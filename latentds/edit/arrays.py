@@ -111,7 +111,9 @@ class ArrayFile:
         if self.kind == "safetensors":
             view = self.file.get_slice(name)
             stored = view.get_dtype()
-            return tuple(view.get_shape()), DTYPES.get(stored, stored)
+            if stored not in DTYPES:
+                raise InputError(f"{self.path}: {name} is {stored}; known: {', '.join(DTYPES)}")
+            return tuple(view.get_shape()), DTYPES[stored]
         if self.kind == "npz":
             entry = self.file.getinfo(f"{name}.npy")
             with self.file.open(entry) as stream:
@@ -124,8 +126,7 @@ class ArrayFile:
         """The values of a row; those of 16 bits in safetensors as float32."""
         if self.kind == "safetensors":
             values = self.file.get_slice(self.name)[number : number + 1][0]
-            whole: np.ndarray = (values.float() if values.dtype.itemsize == 2 else values).numpy()
-            return whole
+            return np.asarray(values.float() if values.dtype.itemsize == 2 else values)
         if self.rows is None:
             path = self.unpack() if self.kind == "npz" else self.path
             self.rows = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -179,8 +180,7 @@ class ArrayFile:
         if math.prod(shape) * np.dtype(dtype).itemsize > MAX_LABELS_BYTES:
             raise InputError(f"{self.path}: {name} {shape} of {dtype} are too large; refused")
         with self.file.open(f"{name}.npy") as stream:
-            values: np.ndarray = np.load(stream, allow_pickle=False)
-        return values
+            return np.asarray(np.load(stream, allow_pickle=False))
 
     def unpack(self) -> Path:
         """The array as a file of its own: compressed members cannot be read at any place."""

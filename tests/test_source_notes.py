@@ -133,6 +133,11 @@ def test_masks_beside_pictures_inside_a_tar_are_refused(tmp_path):
         listed(tmp_path / "in")
 
 
+def test_a_picture_called_by_a_masks_ending_alone_is_listed(tmp_path):
+    tar_of(tmp_path / "a.tar", ["images/_mask.png", "images/0.png"])
+    assert len(listed(tmp_path / "a.tar").pictures) == 2
+
+
 def test_hidden_pictures_inside_tars_are_told(tmp_path):
     tar_of(tmp_path / "a.tar", ["a/0.png", "b/.x.png", "b/._1.png", "b/1.png", ".thumbs/a/2.png"])
     found, notes = labels_of(tmp_path / "a.tar")

@@ -370,7 +370,7 @@ def check_masks_apart(root: Path, paths: Sequence[str], first: str = "") -> None
         holding = [n for n, name in enumerate(parts[:-1]) if name.lower() in MASK_FOLDERS | HOLDERS]
         if holding:
             above, rest = "/".join(parts[: holding[0]]), PurePosixPath(*parts[holding[0] + 1 :])
-            stem = str(rest.with_name(MASK_SUFFIX.sub("", rest.stem)))
+            stem = str(rest.parent / MASK_SUFFIX.sub("", rest.stem))
             below.setdefault(above, {}).setdefault(parts[holding[0]], set()).add(stem)
     for above, stems in below.items():
         holders = sorted(name for name in stems if name.lower() in HOLDERS)

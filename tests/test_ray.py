@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,6 +197,28 @@ def test_a_shard_that_ends_every_worker_is_named(cluster, table, tmp_path):
         on_ray(cluster, table, tmp_path / "ray", DeadlyAutoencoder(), ray_workers=1)
     on_ray(cluster, table, tmp_path / "ray")
     assert data_bytes(tmp_path / "ray") == unbroken(table, tmp_path / "local")
+
+
+def test_workers_lost_as_they_start_end_a_run_only_in_a_row(monkeypatch):
+    """On nodes that come and go some are lost in every long run."""
+    ray_engine = pytest.importorskip("latentds.conversion.ray_engine")
+    lost, ready = ray_engine.RayError("lost"), []
+    ended = [lost, lost, ready, lost, lost, ready, lost, lost, lost]
+    handout = object.__new__(ray_engine.Handout)
+    handout.deaths, handout.waiting = Counter(), []
+    handout.busy = dict.fromkeys(range(len(ended)), (None, None))
+
+    def get(reference):
+        if ended[reference] is lost:
+            raise lost
+        return ended[reference]
+
+    monkeypatch.setattr(ray_engine.ray, "get", get)
+    monkeypatch.setattr(ray_engine.ray, "kill", lambda worker: None)
+    monkeypatch.setattr(handout, "start_worker", lambda: None)
+    assert [handout.take(reference) for reference in range(8)] == [0] * 8
+    with pytest.raises(InputError, match="3 workers were lost as they started"):
+        handout.take(8)
 
 
 @pytest.mark.slow

@@ -188,6 +188,7 @@ class Handout:
         except RayError as error:
             self.replace_dead(shard, cause_of(error))
             return 0
+        self.deaths[None] = 0  # in a row: workers do start
         if self.waiting:
             following = self.waiting.popleft()
             unit = make_unit(self.plan, following)

@@ -1,5 +1,6 @@
 """Publishing and fetching with the Hub's real client against a local server; what goes wrong."""
 
+import errno
 import hashlib
 import io
 import json
@@ -15,7 +16,7 @@ from huggingface_hub import constants
 from latentds_tools import cli
 
 from latentds.errors import FormatError, InputError, UnknownNameError
-from latentds.hub import set_upload
+from latentds.hub import client, set_upload
 from latentds.hub.card import PREVIEW, Publication
 from latentds.hub.fetching import fetch
 from latentds.hub.licences import check_licence, is_non_commercial, licence_warnings
@@ -370,6 +371,17 @@ def test_an_unreachable_hub_is_one_line(shared_dataset, hub, monkeypatch):
         publish(shared_dataset, CC0)
     with pytest.raises(InputError, match="the connection to the Hub failed"):
         fetch(NAME, "nowhere")
+
+
+def test_a_full_disk_is_no_failed_connection(shared_dataset, hub, tmp_path, monkeypatch):
+    publish(shared_dataset, CC0)
+
+    def full(**_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(client, "snapshot_download", full)
+    with pytest.raises(InputError, match=r"org/name: cannot fetch: .*No space left on device"):
+        fetch(NAME, tmp_path / "back")
 
 
 def test_a_dry_run_needs_no_network_and_writes_card_and_preview(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import re
@@ -188,7 +189,7 @@ class Repository:
             reason = error.response.headers.get("x-error-message") or f"status {status}"
             remedy = REMEDIES.get(status, AGAIN)
             return InputError(f"{self.name}: cannot {what} ({reason}); {remedy}")
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError) or error.args[:1] == (errno.ENOSPC,):
             return InputError(f"{self.name}: cannot {what}: {error}")
         return UnreachableError(
             f"{self.name}: cannot {what}, the connection to the Hub failed "

@@ -227,6 +227,7 @@ WRONG = [
     ({"blur": (0.1, 2.0, 0.1)}, "blur=(0.1, 2.0, 0.1)"),
     ({"blur": (0.1, 0.2)}, "blur=(0.1, 0.2); three"),
     ({"jitter": (0.4, 0.4, 0.2, 0.6)}, "hue turns by at most 0.5"),
+    ({"jitter": (0.4, float("nan"), 0.2, 0.1)}, "strengths are 0"),
     ({"stain": -0.1}, "stain=-0.1"),
     ({"std": (0.0, 1.0, 1.0)}, "std=(0.0, 1.0, 1.0)"),
 ]

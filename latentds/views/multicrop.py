@@ -81,7 +81,7 @@ RULES: tuple[Rule, ...] = (
     ),
     ("global_scale local_scale", lambda ends: ends[1] <= 1, "(from, to) with to <= 1.0"),
     ("stain stain_shift", lambda strength: strength >= 0, "strengths are 0 (off) or more"),
-    ("jitter", lambda values: min(values) >= 0, "strengths are 0 (off) or more"),
+    ("jitter", lambda values: all(s >= 0 for s in values), "strengths are 0 (off) or more"),
     ("jitter", lambda values: values[3] <= 0.5, "hue turns by at most 0.5, half a circle"),
     ("std", lambda values: min(values) > 0, "above 0"),
 )

@@ -11,6 +11,7 @@ from latentds.edit.merging import merge
 from latentds.edit.repacking import Repacking, repack
 from latentds.errors import FormatError, InputError, UnknownNameError
 from latentds.loading.loader import LatentLoader
+from latentds.store.composing import grouped
 from latentds.store.format import MANIFEST
 from latentds.store.golden import read_golden_table
 from latentds.store.manifest import read_manifest
@@ -264,3 +265,19 @@ def test_a_split_that_no_shard_can_be_named_after_is_refused(slides, tmp_path):
     splits = dict.fromkeys(read_manifest(slides).slides, "../Train")
     with pytest.raises(InputError, match=r"split '\.\./Train'"):
         repack(slides, tmp_path / "out", Repacking(splits=splits))
+
+
+@pytest.mark.parametrize(("room", "sizes"), [(12, [12, 12, 8]), (3, [4] * 8), (100, [32])])
+def test_of_a_shards_packs_one_is_held_at_a_time(room, sizes):
+    """A shard may be asked to have 64 GB, and masks come beside."""
+    made = []
+
+    def packs():
+        for number in range(8):
+            made.append(number)
+            yield np.zeros((4, 1), np.uint8), None
+
+    runs = ([(len(codes), len(made)) for codes, _ in run] for run in grouped(packs(), room))
+    found = list(runs)
+    assert [sum(size for size, _ in run) for run in found] == sizes
+    assert [count for run in found for _, count in run] == list(range(1, 9))

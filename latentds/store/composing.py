@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -265,18 +266,20 @@ def cut(parts: Iterable[Part], size: int) -> Iterator[Part]:
         yield np.concatenate(codes), pa.concat_tables(columns)
 
 
-def grouped(parts: Iterable[Part], room: int) -> Iterator[list[Part]]:
-    """Runs of parts of at most `room` patches together, or of one part that is larger."""
-    held: list[Part] = []
-    count = 0
-    for part in parts:
-        if held and count + len(part[0]) > room:
-            yield held
-            held, count = [], 0
-        held.append(part)
-        count += len(part[0])
-    if held:
-        yield held
+def grouped(parts: Iterable[Part], room: int) -> Iterator[Iterator[Part]]:
+    """Runs of parts of at most `room` patches together, or of one part that is larger.
+
+    A run is to be consumed before the next is asked for: one part is held at a time.
+    """
+    number = count = 0
+
+    def run_of(part: Part) -> int:
+        nonlocal number, count
+        is_full = count > 0 and count + len(part[0]) > room
+        number, count = number + is_full, len(part[0]) + (0 if is_full else count)
+        return number
+
+    return (run for _, run in itertools.groupby(parts, run_of))
 
 
 def dataset_card(manifest: Manifest) -> str:

@@ -339,6 +339,7 @@ def test_demo_runs_the_main_job(tmp_path, capsys, monkeypatch):
     page = (tmp_path / "demo" / "demo.html").read_text()
     assert code == 0 and "8 patches" in out and "LatentLoader(" in out
     assert "JPEG at those bytes" in out and "tiny-v2-fast, same codes" in out
+    assert len({line.rindex(" bytes ") for line in out.splitlines() if " dB  SSIM" in line}) == 1
     assert page.count("<figure>") == 4 * (1 + 2 + 3)
     assert call(capsys, "verify", tmp_path / "demo" / "latents")[0] == 0
     code, _, err = call(capsys, "demo", "--out", tmp_path / "demo")

@@ -73,7 +73,7 @@ def run(config: Config) -> None:
     figures = measure(folder, patches, config.autoencoder, str(choose_device(config.device)))
     write_atomically(html, make_page(folder, figures).encode())
     for label, size, psnr, ssim in figures["rows"]:
-        say(f"{label:<22} {size:>6} bytes  {psnr} dB  SSIM {ssim}")
+        say(f"{label:<24} {size:>6} bytes  {psnr} dB  SSIM {ssim}")
     say(f"page at {html}\n\nload it with\n\n{figures['snippet']}")
 
 

@@ -128,6 +128,13 @@ def test_every_second_round_runs_backwards():
     assert [len(case.rounds) for case in cases] == [2, 2]
 
 
+def test_a_round_says_which_case_is_measured(caplog):
+    caplog.set_level("INFO")
+    cases = [harness.Case({"patches": 2000, "codes": True}, dict), harness.Case({}, dict)]
+    harness.run_cases(cases, 1)
+    assert caplog.messages == ["round 1 of 1, patches 2,000", "round 1 of 1"]
+
+
 def test_hidden_time_is_what_the_parts_take_less_what_was_added():
     step, loaded, part = (
         harness.Case({}, dict, [{"seconds": seconds}]) for seconds in (1.0, 1.1, 0.4)

@@ -71,11 +71,7 @@ def run(config: Config) -> None:
     from latentds.edit.importing import import_latents
 
     manifest = import_latents(
-        config.source,
-        config.out,
-        config.autoencoder,
-        options(config),
-        config.overwrite,
+        config.source, config.out, config.autoencoder, options(config), config.overwrite
     )
     summary = {
         "out": str(config.out),

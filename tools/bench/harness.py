@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CPUINFO = Path("/proc/cpuinfo")
 AnyConfig = TypeVar("AnyConfig", bound=Any)
 Column = tuple[str, str | Callable[[Any], str]]
+TOLD = (str, int)  # of what a case's head says, while it is measured
 
 logger = logging.getLogger(__name__)
 
@@ -217,8 +218,9 @@ def run_cases(cases: Sequence[Case], rounds: int, note: Callable[[], object] = i
     """
     for number in range(rounds):
         for case in cases if number % 2 == 0 else reversed(cases):
-            told = [text for text in case.head.values() if isinstance(text, str)]
-            logger.info("round %d of %d: %s", number + 1, rounds, ", ".join(told[:3]))
+            head = case.head.items()
+            told = [v if isinstance(v, str) else f"{k} {v:,}" for k, v in head if type(v) in TOLD]
+            logger.info("%s", ", ".join([f"round {number + 1} of {rounds}", *told[:3]]))
             case.rounds.append(case.once())
             note()
 

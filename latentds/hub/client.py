@@ -35,7 +35,7 @@ from latentds.errors import InputError, UnreachableError
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LOGIN = "log in with 'hf auth login', or set HF_TOKEN"
-AGAIN = "run the same command again, what was sent is kept"
+AGAIN = "run the same command again, what is there is kept"
 REMEDIES = {  # by HTTP status
     401: f"the token is not accepted: {LOGIN}",
     403: "the token has no right to: use one that has, or ask an owner of the organization",

@@ -266,7 +266,7 @@ def test_tiny_keeps_to_its_budget():
 
 
 @pytest.mark.parametrize(
-    ("name", "gflop"), [("tiny-v2", 8.0), ("tiny-v2-fast", 2.5), ("tiny-v2-cpu", 0.4)]
+    ("name", "gflop"), [("tiny-v2", 8.0), ("tiny-v2-fast", 2.1), ("tiny-v2-cpu", 0.4)]
 )
 def test_the_decoders_of_tiny_v2_keep_to_their_budget(name, gflop):
     from torch.utils.flop_counter import FlopCounterMode

@@ -117,4 +117,5 @@ def made_with(config, entries) -> Manifest:
 def test_only_sources_left_out_as_a_whole_are_tried_again(config):
     some = {"source": "s", "reason": "truncated", "patches": 3, "of": 7}
     entries = [some, some | {"source": "all", "patches": 7}, {"source": "one", "reason": "mask"}]
+    entries += [{"source": "old", "reason": "3 of 7 patches: OpenSlide cannot read it"}]
     assert wholly_left_out(made_with(config, entries)) == ["all", "one"]

@@ -12,7 +12,7 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.workdir import differences
 from latentds.core.storage import write_atomically
 from latentds.edit.merging import merge
-from latentds.errors import InputError
+from latentds.errors import REASONS, InputError
 from latentds.quantizers.codebooks import StoredCodebook
 from latentds.store.composing import complete
 from latentds.store.format import MANIFEST
@@ -74,9 +74,9 @@ def recover(out: Path, new: Path, old: Path) -> None:
 
 
 def wholly_left_out(manifest: Manifest) -> list[str]:
-    """Sources of which nothing is stored, by the names the manifest has for them."""
-    entries = manifest.made["left_out"]
-    return [str(entry["source"]) for entry in entries if entry.get("patches") == entry.get("of")]
+    """Names of sources of which nothing is stored; older sets' sentences may be of some patches."""
+    told = [entry for entry in manifest.made["left_out"] if entry["reason"] in REASONS]
+    return [str(entry["source"]) for entry in told if entry.get("patches") == entry.get("of")]
 
 
 def check_options(config: ConvertConfig, manifest: Manifest) -> None:

@@ -69,3 +69,7 @@ def test_the_loader_is_measured_on_a_gpu(capsys):
     words = ("--device", "cuda", "--patches", 64, "--batch-sizes", 16, "--json", "--rounds", 1)
     (row,) = json.loads(call(capsys, *words))["rows"]
     assert row["from_latents_patches_per_s"] > 0
+
+
+def test_an_embedder_that_is_not_timms_is_refused_before_a_set_is_written(capsys):
+    assert "--embedder uni: take timm:NAME" in call(capsys, "--embedder", "uni", code=2)

@@ -56,6 +56,8 @@ class Config:
             raise ValueError("patches, slides, sizes and rounds are at least 1")
         if self.slides > (self.patches or self.slides):
             raise ValueError(f"{self.slides} slides of {self.patches} patches; more patches")
+        if not (self.embedder or "timm:").startswith("timm:"):
+            raise ValueError(f"--embedder {self.embedder}: take timm:NAME; weights are random")
 
 
 def run(config: Config) -> None:

@@ -104,6 +104,11 @@ def test_hidden_names_need_the_key(pictures, tmp_path):
         Originals(shards, pictures, anonymize=tmp_path / "other")
 
 
+def test_pictures_that_came_later_need_no_class(pictures, shards):
+    shutil.copy(pictures / "tumour" / "p003.png", pictures / "later.png")
+    assert len(Originals(shards, pictures).read(["tumour/p003.png"], np.array([[-1, -1]]))) == 1
+
+
 def test_a_source_that_leaves_the_input_is_refused(shared_pictures, shards):
     originals = Originals(shards, shared_pictures)
     for source in ("../key.png", "/etc/passwd"):

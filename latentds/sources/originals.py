@@ -147,7 +147,7 @@ def recorded_options(
     chosen = {name: value for name, value in recorded.items() if name in known}
     chosen["mpp_tolerance"] = recorded.get("mpp_tolerance") or 0.0  # none before it was an option
     paths = {"source": source, "slides": slides, "root": root, "anonymize": anonymize}
-    options = SourceOptions(**(chosen | paths))
+    options = SourceOptions(**(chosen | paths | {"labels": False}))  # no class is wanted here
     if anonymize is not None and options.key_check() != recorded.get("anonymized"):
         raise ContractError(f"{anonymize}: not the key that {shards.folder} was made with")
     return options

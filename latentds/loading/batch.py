@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec
 
@@ -18,7 +19,7 @@ from latentds.core.processes import shared_buffer
 from latentds.core.randomness import patch_seeds
 from latentds.errors import FormatError, InputError
 from latentds.loading.decoding import make_integers
-from latentds.loading.options import ANSWERS, check_mixable, warn_of_alike
+from latentds.loading.options import ANSWERS, Mixture, check_mixable, warn_of_alike
 from latentds.loading.order import Drawn
 from latentds.quantizers.scalar import AnyCodebook, dequantize_each
 from latentds.store.format import alike_names, joined_names
@@ -350,6 +351,15 @@ def check_codes(
         fault = codebooks[number].find_fault(own)
         if fault is not None:
             raise FormatError(f"{shards.folder}: {fault}; damaged, fetch it anew")
+
+
+def folders_of(folder: object) -> list[str | os.PathLike[str]]:
+    """The folders of a mixture, or the one; TypeError for several that are no mixture."""
+    if isinstance(folder, Mixture):
+        return folder.folders
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"{folder!r}: pass a set's folder, or Mixture({{folder: weight, ...}})")
+    return [folder]
 
 
 def check_group(value: object, kind: type[object], name: str) -> None:

@@ -26,7 +26,7 @@ from latentds.core.processes import (
 from latentds.core.randomness import digest_of
 from latentds.core.storage import digest_json
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
-from latentds.loading.batch import Batch, Collator, answering, check_group
+from latentds.loading.batch import Batch, Collator, answering, check_group, folders_of
 from latentds.loading.fields_of_view import warn_of_fields
 from latentds.loading.options import Mixture, Order, Select
 from latentds.loading.order import Batching, Drawn, LoaderState, PackSampler, check_state, join
@@ -92,8 +92,7 @@ class LatentDataset(IterableDataset[Batch]):
     ) -> None:
         check_asked(decode, bool(normalize), shuffle, select, order)
         self.mixture = folder if isinstance(folder, Mixture) else None
-        folders = folder.folders if isinstance(folder, Mixture) else [folder]
-        self.sets = [ShardSet(part, cache=cache) for part in folders]
+        self.sets = [ShardSet(part, cache=cache) for part in folders_of(folder)]
         self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
         self.where, self.balance = select.where, select.balance
         self.slides = None if select.slides is None else list(select.slides)

@@ -149,7 +149,7 @@ def test_a_run_resumes_and_leaves_a_folder_that_loads(tiles, tmp_path, monkeypat
 
     monkeypatch.setitem(codec_product.STUDENTS, "fast", "turbo-s")  # as codecs had it before
     config = settings(tiles, tmp_path / "others", students_of=str(product), steps=1)
-    assert load_decoder(StudentTask(config).run() / "fast").decoder.spec.rank is None
+    assert load_decoder(train(StudentTask(config)) / "fast").decoder.spec.rank is None
     assert f"{product / 'fast'} is a turbo-s32; a new turbo-s starts" in caplog.text
 
 

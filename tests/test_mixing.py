@@ -256,7 +256,7 @@ def test_fields_agree_whatever_the_pixels(sets):
 
 @pytest.mark.parametrize("kind", [list, lambda folders: dict.fromkeys(folders, 1.0)])
 def test_several_sets_that_are_no_mixture_are_refused(sets, kind):
-    with pytest.raises(TypeError, match="expected str, bytes or os.PathLike"):
+    with pytest.raises(TypeError, match="pass a set's folder, or Mixture"):
         LatentLoader(kind([sets["tiny-a"], sets["tiny-b"]]))
 
 

@@ -61,12 +61,6 @@ def test_the_answer_names_what_to_pass(shared_dataset, reader, word, answer):
         reader(shared_dataset, **{word: 1})
 
 
-@pytest.mark.parametrize("reader", [LatentDataset, LatentLoader])
-def test_a_list_of_sets_is_answered_with_a_mixture(shared_dataset, reader):
-    with pytest.raises(TypeError, match=r"pass a set's folder, or Mixture\({folder: weight"):
-        reader([shared_dataset, shared_dataset])
-
-
 def test_a_word_that_nobody_knows_is_pythons_own_error(shared_dataset):
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         LatentLoader(shared_dataset, colour=True)

@@ -74,7 +74,7 @@ def test_what_is_still_broken_leaves_the_set_as_it_was(config):
 def test_other_options_are_refused(config):
     repair(config, "p003.png")
     other = ConvertConfig(source=config.source, out=config.out, **OPTIONS | {"mpp": 0.5})
-    with pytest.raises(InputError, match=r"made with other options \(mpp was None, is 0.5"):
+    with pytest.raises(InputError, match=r"made with other options \(mpp was not given, is 0.5"):
         retry(other, run)
 
 

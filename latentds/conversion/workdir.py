@@ -222,7 +222,8 @@ def differences(earlier: Any, now: Any, name: str = "") -> list[str]:
         return []
     if isinstance(now, str) and (now.startswith("sha256:") or len(now) > 80):
         return [f"{name} (other files or weights than before)"]
-    return [f"{name} was {earlier}, is {now}"]
+    before, after = ("not given" if value is None else value for value in (earlier, now))
+    return [f"{name} was {before}, is {after}"]
 
 
 def check_output(config: ConvertConfig) -> None:

@@ -84,7 +84,7 @@ def test_a_picture_of_no_use_is_named(own_tiles, tmp_path):
 
 
 def test_too_few_pictures_are_refused(tmp_path):
-    with pytest.raises(InputError, match="too few pictures; at least 20"):
+    with pytest.raises(InputError, match=": 0 pictures; training takes 20 or more"):
         read_tiles(tmp_path)
 
 

@@ -204,7 +204,8 @@ def list_tiles(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     is_open = all((root / folder).exists() for s in SOURCES.values() for folder in s.folders)
     sources, held_out = list_open(root) if is_open else list_own(root)
     if not held_out or not all(sources.values()):
-        raise InputError(f"{root}: too few pictures; at least {OWN_HELD_OUT}")
+        count = len(held_out) + sum(map(len, sources.values()))
+        raise InputError(f"{root}: {count} pictures; training takes {OWN_HELD_OUT} or more")
     return sources, held_out
 
 

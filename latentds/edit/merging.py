@@ -31,10 +31,12 @@ def merge(
     folders: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     overwrite: bool = False,
+    made: dict[str, Any] | None = None,
 ) -> Manifest:
     """One data set of the patches of several; nothing is decoded or quantized anew.
 
     folders  local data sets of one latent_id, codes shape and patch size, without a patch in common
+    made     how the new set came about; what each of them says of itself by default
     raises   ContractError for sets that do not belong together, InputError for a patch that two
              have, FormatError for a shard that is not what its set recorded
     """
@@ -50,7 +52,7 @@ def merge(
         warn_of_alike(sets, classes)
         composer = Composer(out, sets[0].manifest.contract, classes)
         copied = copy_shards(composer, sets)
-        manifest = composer.tables(describe([shards.manifest for shards in sets]))
+        manifest = composer.tables(made or describe([shards.manifest for shards in sets]))
         write_atomically(out / GOLDEN, join_golden(sets, copied, manifest))
         join_slide_records(paths, out)
         return complete(out, manifest)

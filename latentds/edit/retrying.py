@@ -14,7 +14,6 @@ from latentds.core.storage import write_atomically
 from latentds.edit.merging import merge
 from latentds.errors import REASONS, InputError
 from latentds.quantizers.codebooks import StoredCodebook
-from latentds.store.composing import complete
 from latentds.store.format import MANIFEST
 from latentds.store.manifest import Manifest, read_manifest
 
@@ -56,8 +55,8 @@ def retry(
         overwrite=(part / MANIFEST).is_file(),  # of a run that was killed later
     )
     added = convert(rest, stored)
-    merged = merge([out, part], new, overwrite=True)
-    merged = complete(new, dataclasses.replace(merged, made=made_after(manifest, added, wanted)))
+    made = made_after(manifest, added, wanted)
+    merged = merge([out, part], new, overwrite=True, made=made)
     out.rename(old)
     new.rename(out)
     for folder in (old, part, helper):

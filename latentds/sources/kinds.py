@@ -55,8 +55,8 @@ def sort_files(root: Path, paths: Sequence[str]) -> Kinds:
         return found
     # Among slides, a TIFF that nobody opens is a damaged slide.
     tiffs = [p for p in found.pictures if PurePosixPath(p).suffix.lower() in MAYBE]
-    lost = [path for path in tiffs if size_of(root / path)[0] == (0, 0)]
-    pictures = [path for path in found.pictures if path not in set(lost)]
+    lost = {path for path in tiffs if size_of(root / path)[0] == (0, 0)}
+    pictures = [path for path in found.pictures if path not in lost]
     return found._replace(pictures=pictures, unsure=sorted([*found.unsure, *lost]))
 
 

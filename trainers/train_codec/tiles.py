@@ -234,7 +234,8 @@ def list_own(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     """Any other folder's pictures as one source; every twentieth is judged by."""
     files = picture_files(root)
     held_out = files[OWN_HELD_OUT - 1 :: OWN_HELD_OUT][:OWN_JUDGED]
-    return {OWN: [file for file in files if file not in set(held_out)]}, held_out
+    apart = set(held_out)
+    return {OWN: [file for file in files if file not in apart]}, held_out
 
 
 def picture_files(path: Path) -> list[Path]:

@@ -198,7 +198,8 @@ def agreed(found: Set[str | None]) -> str:
 def note_labels(folder: Path, tried: Sequence[str], found: Mapping[str, SlideLabel]) -> None:
     """Record the lines of slides `found` among those `tried` by a rank; others' are kept."""
     with passing_lock(folder / f".{FILE}.lock", PATIENCE_S):
-        kept = {name: line for name, line in read_lines(folder).items() if name not in set(tried)}
+        own = set(tried)
+        kept = {name: line for name, line in read_lines(folder).items() if name not in own}
         lines = sorted((kept | dict(found)).items())
         write_table(folder / FILE, COLUMNS, [dataclasses.astuple(line) for _, line in lines])
 
@@ -218,8 +219,8 @@ def read_lines(folder: Path) -> dict[str, SlideLabel]:
 def note_left_out(folder: Path, tried: Sequence[str], bad: Mapping[str, str]) -> None:
     """Record that of the slides `tried` by a rank, the `bad` ones failed; others' are kept."""
     with passing_lock(folder / f".{LEFT_OUT}.lock", PATIENCE_S):
-        found = read_left_out(folder)
-        kept = {slide: reason for slide, reason in found.items() if slide not in set(tried)}
+        own = set(tried)
+        kept = {s: reason for s, reason in read_left_out(folder).items() if s not in own}
         if now := dict(sorted((kept | dict(bad)).items())):
             write_atomically(folder / LEFT_OUT, json.dumps(now, indent=1).encode())
         else:

@@ -66,6 +66,11 @@ def test_the_manifest_comes_in_the_last_commit(shared_dataset, hub, monkeypatch)
     assert set(trees[-1]) - set(trees[-2]) >= {MANIFEST, GOLDEN, PREVIEW, "README.md"}
 
 
+def test_the_hub_is_asked_once_who_publishes(shared_dataset, hub):
+    publish(shared_dataset, CC0)
+    assert hub.requests["whoami"] == 1
+
+
 def test_publishing_again_sends_nothing(shared_dataset, hub):
     publish(shared_dataset, CC0)
     puts, commits = hub.requests["put"], hub.requests["commit"]

@@ -211,10 +211,8 @@ def have_repository(
 ) -> dict[str, HubFile]:
     """What the repository holds; it is made where it is not there, unless nothing may be written.
 
-    raises  InputError without login or rights, or where it is public and may not be
+    raises  InputError without rights, or where it is public and may not be
     """
-    if not dry_run:
-        repository.check_login()
     remote = repository.files()
     if remote is None and not dry_run:
         repository.create(private)
@@ -377,6 +375,8 @@ def publish_files(
              FormatError where the Hub holds other bytes after the upload
     """
     repository = Repository(publication.repository, publication.revision, kind="model")
+    if not dry_run:
+        repository.check_login()
     remote = have_repository(repository, private, dry_run)
     plan = plan_missing(contents, remote, {})
     is_same = page in remote and weights not in plan.missing

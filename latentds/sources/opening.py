@@ -169,12 +169,12 @@ def check_keys(root: Path, sources: Sequence[str]) -> None:
     """Refuse two files that would be one patch."""
     first: dict[str, str] = {}
     for source in sources:
-        other = first.get(patch_key(source))
-        first[patch_key(source)] = source
+        key = patch_key(source)
+        other = first.get(key)
+        first[key] = source
         if other == source:
             raise InputError(f"{root}: {source} is named twice; keep one of the two")
         if other is not None:
             raise InputError(
-                f"{root}: {other} and {source} have one key, {patch_key(source)!r}; rename or "
-                "remove one"
+                f"{root}: {other} and {source} have one key, {key!r}; rename or remove one"
             )

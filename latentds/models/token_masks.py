@@ -26,15 +26,12 @@ def masked_count(tokens: int, ratio: float) -> int:
     return tokens - int(tokens * (1 - ratio))
 
 
-def random_masks(
-    seeds: Tensor, tokens: int, ratio: float = MAE_RATIO, op: str = "token mask"
-) -> Tensor:
+def random_masks(seeds: Tensor, tokens: int, ratio: float = MAE_RATIO) -> Tensor:
     """Masks bool (B, T) with `masked_count` tokens each, every subset equally likely.
 
     seeds  int64 (B,), the patches' (`batch.seeds`); masks are on their device
-    op     names the draw: another view, another name
     """
-    return lowest(uniform(seeds, op, tokens), masked_count(tokens, ratio))
+    return lowest(uniform(seeds, "token mask", tokens), masked_count(tokens, ratio))
 
 
 def global_masks(

@@ -185,12 +185,11 @@ def write_table(
     path: Path,
     columns: Sequence[str],
     rows: Iterable[Sequence[object]],
-    delimiter: str = ",",
     line_end: str = "\n",
 ) -> None:
     """Write it atomically; floats in full precision, text as `display.csv_cell` has it."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, delimiter=delimiter, lineterminator=line_end)
+    writer = csv.writer(text, lineterminator=line_end)
     writer.writerow(map(csv_cell, columns))
     writer.writerows(map(csv_cell, row) for row in rows)
     write_atomically(path, text.getvalue().encode())

@@ -17,9 +17,8 @@ from latentds.embedders.weights import fill, read_weights
 from latentds.errors import ShapeError
 
 WIDTH = 128  # channels of every layer, and of the embedding
-SEEN_PX = (
-    64  # edge of a field of 128 px, at 0.5 micrometres a pixel, after the encoders' own pooling
-)
+# Edge of a field of 128 px, at 0.5 micrometres a pixel, after the encoders' own pooling.
+SEEN_PX = 64
 RULE = (
     "the whole patch is one field, mean-pooled to 128 px, then to 64 px: right for 256 px at "
     "0.25 micrometres a pixel and 128 px at 0.5; scaled to [-1, 1]"

@@ -184,9 +184,8 @@ def put(filesystem: Any, source: Path, target: str) -> None:
     names = filesystem.protocol
     try:
         if BUCKETS.isdisjoint((names,) if isinstance(names, str) else names):
-            filesystem.makedirs(
-                target.rpartition("/")[0], exist_ok=True
-            )  # there it would make a misspelt bucket
+            # Not in a store of buckets: it would make a bucket that is misspelt.
+            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
         filesystem.put_file(str(source), target)
     except PermissionError:
         raise

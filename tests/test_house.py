@@ -36,7 +36,7 @@ LINES = {
     "latentds/hub": 1_390,
     "latentds/loading": 4_320,
     "latentds/models": 1_760,
-    "latentds/quantizers": 3_540,
+    "latentds/quantizers": 3_560,
     "latentds/sources": 6_270,
     "latentds/store": 5_340,
     "latentds/views": 1_180,

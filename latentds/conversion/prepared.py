@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +23,8 @@ from latentds.quantizers.additive import MAX_PLANES
 from latentds.quantizers.additive_fit import fit_additive
 from latentds.quantizers.codebooks import (
     StoredCodebook,
-    load_codebook,
+    check_latents,
+    load_matching,
     shipped_records,
     sized,
     tiny_codebook,
@@ -206,17 +206,12 @@ def given_codebook(
     where = str(config.codebook_file or "codebook")
     if codebook is not None and config.codebook is not None:
         raise InputError(f"a codebook, and --codebook {config.codebook}; give one of them")
-    if codebook is None:
-        if config.codebook_file is None:
-            return None
-        codebook = load_codebook(config.codebook_file)
-        origin = {"origin": "from a codebook file", "file": config.codebook_file.name}
-        codebook = dataclasses.replace(codebook, made=origin | {"fit": codebook.made})
-    if codebook.latent_id != card.latent_id:
-        raise ContractError(
-            f"{where}: fitted to other latents than {card.name!r} makes; fit one with "
-            "'latentds fit-codebook'"
-        )
+    if codebook is not None:
+        check_latents(codebook, card.latent_id, card.name, where)
+    elif config.codebook_file is not None:
+        codebook = load_matching(config.codebook_file, card.latent_id, card.name)
+    else:
+        return None
     return codebook if shape is None else fitting(codebook, where, shape, config.bytes)
 
 

@@ -23,7 +23,7 @@ from latentds.edit.layouts import ForeignPatch, ImportOptions, LatentFiles, list
 from latentds.edit.outputs import check_new, new_data_set
 from latentds.edit.recoding import Distortion
 from latentds.errors import ContractError, InputError, ShapeError
-from latentds.quantizers.codebooks import load_codebook
+from latentds.quantizers.codebooks import load_matching
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.scalar import AnyCodebook, Codebook, dequantize, quantize
 from latentds.quantizers.scalar_fit import fit_codebook
@@ -155,14 +155,10 @@ def choose_codebook(
     """The codebook given, the evenly spaced one that bytes with a scale have, or a fitted one."""
     is_scaled = options.scale is not None or options.shift is not None
     if options.codebook is not None:
-        stored = load_codebook(options.codebook)
-        if stored.latent_id != card.latent_id:
-            raise ContractError(f"{options.codebook}: fitted to other latents; the import's are "
-                                f"{card.latent_id}")  # fmt: skip
+        stored = load_matching(options.codebook, card.latent_id, card.name)
         if files.dtype == "uint8" and is_scaled:
             raise InputError("bytes are either codes of --codebook or scaled; pass one of the two")
-        made = {"origin": "from a codebook file", "file": options.codebook.name, "fit": stored.made}
-        return stored.codebook, made
+        return stored.codebook, stored.made
     if files.dtype != "uint8":
         return fit_to_sample(files, patches, options)
     if len(files.shape) == 1:

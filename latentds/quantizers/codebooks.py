@@ -207,6 +207,23 @@ def load_codebook(path: Path) -> StoredCodebook:
         ) from error
 
 
+def load_matching(path: Path, latent_id: str, autoencoder: str) -> StoredCodebook:
+    """The codebook of a file, whose name is in `made`; ContractError for one of other latents."""
+    stored = load_codebook(path)
+    check_latents(stored, latent_id, autoencoder, path)
+    made = {"origin": "from a codebook file", "file": path.name, "fit": stored.made}
+    return dataclasses.replace(stored, made=made)
+
+
+def check_latents(stored: StoredCodebook, latent_id: str, autoencoder: str, where: object) -> None:
+    """ContractError where a codebook was fitted to other latents than the autoencoder makes."""
+    if stored.latent_id != latent_id:
+        raise ContractError(
+            f"{where}: fitted to other latents than {autoencoder!r} makes; fit one with "
+            "'latentds fit-codebook'"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class ChannelStatistics:
     """Mean and standard deviation of every channel of dequantized latents.

@@ -31,11 +31,12 @@ from latentds.autoencoders.autoencoder import NetworkAutoencoder
 from latentds.autoencoders.decoders import architecture_of
 from latentds.autoencoders.students import build_student
 from latentds.embedders import Embedder, load_embedder
-from latentds.errors import ContractError, InputError
+from latentds.errors import InputError
 from latentds.loading.decoding import find_autoencoder
 from latentds.quantizers.codebooks import (
     StoredCodebook,
     load_codebook,
+    load_matching,
     save_codebook,
     shipped_records,
     sized_book,
@@ -81,13 +82,7 @@ def open_codebook(
 
     def known() -> StoredCodebook | None:
         if config.codebook is not None:
-            given = load_codebook(config.codebook)
-            if given.latent_id != card.latent_id:
-                raise ContractError(
-                    f"codebook of latents {given.latent_id}, {card.name} makes {card.latent_id}; "
-                    "give one that was fitted to these"
-                )
-            return given
+            return load_matching(config.codebook, card.latent_id, card.name)
         levels = tiny_codebook() if card.latent_id == tiny_codebook().latent_id else None
         return shipped_records(card.latent_id, shape, None) or levels
 

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,11 @@ from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder, e
 from latentds.codecs import LatentCodec, PictureCodec, QuantizerSpec, draw_samples, fit_quantizer
 from latentds.codecs.latent import check_finite
 from latentds.core.compiling import Compiled
-from latentds.errors import ContractError, InputError, WeightsError
+from latentds.errors import InputError, WeightsError
 from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.evaluation.patchsets.picture_patches import Pictures, open_pictures
 from latentds.loading.decoding import make_lookup
-from latentds.quantizers.codebooks import StoredCodebook, load_codebook, tiny_codebook
+from latentds.quantizers.codebooks import StoredCodebook, load_matching, tiny_codebook
 from latentds.quantizers.scalar import AnyCodebook
 
 CHUNK_PX = 256 * 256  # what one patch of a chunk has, at most; larger patches, fewer of them
@@ -290,7 +289,7 @@ def find_codebook(
     """
     card = autoencoder.card
     if config.codebook is not None:
-        return stored_in(config.codebook, card.latent_id, card.name)
+        return load_matching(config.codebook, card.latent_id, card.name)
     shipped = tiny_codebook()
     wanted = (card.latent_id, quantizer.kind, quantizer.levels)
     book = shipped.scalar
@@ -305,18 +304,6 @@ def find_codebook(
     codebook, report = fit_quantizer(samples, quantizer, SEED)
     made = {"origin": origin, "patches": sum(map(len, parts)), "seed": SEED} | report.to_json()
     return StoredCodebook(codebook=codebook, latent_id=card.latent_id, made=made)
-
-
-def stored_in(path: Path, latent_id: str, name: str) -> StoredCodebook:
-    """The codebook in a file; ContractError where it was fitted to other latents."""
-    stored = load_codebook(path)
-    if stored.latent_id != latent_id:
-        raise ContractError(
-            f"--codebook {path}: fitted to other latents than {name!r} makes; fit one with "
-            "'latentds fit-codebook'"
-        )
-    made = {"origin": "from a codebook file", "file": path.name, "fit": stored.made}
-    return dataclasses.replace(stored, made=made)
 
 
 def fit_sample(config: PatchInput, pictures: Pictures) -> tuple[Pictures, str]:

@@ -154,7 +154,9 @@ class WorkFolder:
         self.is_finished = False  # the manifest is there
 
     def journal(self, shard: str) -> Journal:
-        return self.journals.setdefault(shard, Journal(self.journal_path(shard)))
+        if shard not in self.journals:  # reading one takes its torn last line away
+            self.journals[shard] = Journal(self.journal_path(shard))
+        return self.journals[shard]
 
     def journal_path(self, shard: str) -> Path:
         return self.folder / f"{Path(shard).stem}.jsonl"

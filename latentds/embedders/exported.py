@@ -35,6 +35,16 @@ from latentds.errors import FormatError, LatentdsError, WeightsError
 
 PREFIX, HUB_PREFIX = "timm-dir:", "timm:hf-hub:"
 LATENT_PREFIX = "latent-dir:"
+MAX_NUMBER, MAX_PX = 1 << 16, 1 << 14
+# What timm's builders take for themselves.
+OF_TIMM = frozenset(
+    {
+        *("model_name", "model_cls", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
+        *("pretrained_strict", "pretrained_filter_fn", "pretrained_custom_load", "variant"),
+        *("checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "strict"),
+        *("features_only", "feature_cfg", "kwargs_filter", "url", "file", "hf_hub_id", "source"),
+    }
+)
 
 
 def is_exported(text: str) -> bool:
@@ -131,18 +141,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: the network reads {arguments['in_chans']} channels, not RGB")
     arguments.pop("num_classes", None)
     return config | {"pretrained_cfg": checked_settings(settings, path), "model_args": arguments}
-
-
-MAX_NUMBER, MAX_PX = 1 << 16, 1 << 14
-# What timm's builders take for themselves.
-OF_TIMM = frozenset(
-    {
-        *("model_name", "model_cls", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
-        *("pretrained_strict", "pretrained_filter_fn", "pretrained_custom_load", "variant"),
-        *("checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "strict"),
-        *("features_only", "feature_cfg", "kwargs_filter", "url", "file", "hf_hub_id", "source"),
-    }
-)
 
 
 def checked_arguments(arguments: Any, path: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class DecodeStage:
     dtype     of decoded patches
     capacity  patches of the largest batch
     slots     batches the ring holds
-    ahead     batches decoded before they are asked for; 0 on a CPU, where nothing overlaps
+    ahead     batches decoded before they are asked for
     static    hand out the slots' own memory, valid until the next batch is asked for. False hands
               out copies that are the caller's for good: a copy on the device is cheap beside
               decoding, and list(loader) is right.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -112,7 +113,7 @@ def copy_shards(composer: Composer, sets: Sequence[ShardSet]) -> list[list[str]]
 def add_copy(composer: Composer, shards: ShardSet, number: int) -> str:
     """The new name of a set's shard; one that is not as its set recorded it is refused."""
     record = shards.manifest.shards[number]
-    source, name = Path(shards.folder) / record.name, ""
+    source = Path(shards.folder) / record.name
     found = sha256_file(source)
     if found != record.sha256:
         raise FormatError(
@@ -123,14 +124,8 @@ def add_copy(composer: Composer, shards: ShardSet, number: int) -> str:
     # manifest's `made`.
     codebook = shards.manifest.contract_of(number).codebook
     contract = dataclasses.replace(composer.contract, codebook=codebook)
-
-    def copy(path: Path, place: int) -> None:
-        nonlocal name
-        name = path.relative_to(composer.out).as_posix()
-        copy_shard(source, contract, record.split, path, place)
-
-    composer.add_shard(record.split, contract, copy)
-    return name
+    copy = functools.partial(copy_shard, source, contract, record.split)
+    return composer.add_shard(record.split, contract, copy).record.name
 
 
 def copy_shard(source: Path, contract: Contract, split: str, path: Path, number: int) -> None:

@@ -20,7 +20,7 @@ from latentds.errors import FormatError, InputError
 from latentds.loading.fields_of_view import warn_of_fields
 from latentds.loading.options import check_mixable, warn_of_alike
 from latentds.store.composing import Composer, complete
-from latentds.store.format import GOLDEN, Contract, joined_names, pack_key
+from latentds.store.format import GOLDEN, Contract, alike_names, joined_names, pack_key
 from latentds.store.golden import MAX_GOLDEN, read_golden_table, renumbered
 from latentds.store.manifest import Manifest
 from latentds.store.packs import BLOCK, ShardWriter, encode_table, member_header, scan_members
@@ -50,7 +50,8 @@ def merge(
     with new_data_set(out, overwrite, paths):
         check_distinct(sets)
         classes = joined_names([shards.manifest.classes for shards in sets])
-        warn_of_alike(sets, classes)
+        if alike := alike_names(classes):
+            warn_of_alike(sets, alike)
         composer = Composer(out, sets[0].manifest.contract, classes)
         copied = copy_shards(composer, sets)
         manifest = composer.tables(made or describe([shards.manifest for shards in sets]))

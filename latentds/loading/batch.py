@@ -202,8 +202,8 @@ class Vocabulary:
         if len(sets) > 1:
             check_mixable(sets)
         self.classes = joined_names([shards.manifest.classes for shards in sets])
-        if given is None and alike_names(self.classes):
-            warn_of_alike(sets, self.classes)
+        if given is None and (alike := alike_names(self.classes)):
+            warn_of_alike(sets, alike)
         self.number = {name: index for index, name in enumerate(self.classes)}
         if given is not None:
             self.number = dict(given)

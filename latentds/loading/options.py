@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latentds.errors import ContractError
-from latentds.store.format import alike_names
 from latentds.store.reader import ShardSet
 
 logger = logging.getLogger(__name__)
@@ -126,14 +125,13 @@ class Mixture:
         self.epoch_patches = epoch_patches
 
 
-def warn_of_alike(sets: Sequence[ShardSet], classes: Sequence[str]) -> None:
+def warn_of_alike(sets: Sequence[ShardSet], alike: Sequence[str]) -> None:
     """Tell of two label names that differ in case, spaces, - or _ alone."""
-    if alike := alike_names(classes):
-        logger.warning(
-            "%s: classes %r and %r are two, and differ in case, spaces, - or _ alone; where they "
-            "are one, convert anew with one name",
-            ", ".join(str(shards.folder) for shards in sets), *alike,
-        )  # fmt: skip
+    logger.warning(
+        "%s: classes %r and %r are two, and differ in case, spaces, - or _ alone; where they "
+        "are one, convert anew with one name",
+        ", ".join(str(shards.folder) for shards in sets), *alike,
+    )  # fmt: skip
 
 
 def check_mixable(sets: Sequence[ShardSet]) -> None:

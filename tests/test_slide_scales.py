@@ -80,7 +80,7 @@ def test_corners_between_pixels_of_an_uneven_level_are_not_resampled():
 def test_another_tolerance_is_another_conversion(tmp_path):
     write_slide(tmp_path / "in/a.tif", mpp=0.499)
     convert(tmp_path / "in", tmp_path / "out", mpp=0.5, pack_size=64)
-    with pytest.raises(InputError, match=r"mpp_tolerance was 0\.05, is None"):
+    with pytest.raises(InputError, match=r"mpp_tolerance was 0\.05, is not given"):
         convert(tmp_path / "in", tmp_path / "out", mpp=0.5, pack_size=64, mpp_tolerance=0.0)
 
 

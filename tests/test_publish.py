@@ -385,7 +385,7 @@ def test_a_full_disk_is_no_failed_connection(shared_dataset, hub, tmp_path, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(client, "snapshot_download", full)
-    with pytest.raises(InputError, match=r"org/name: cannot fetch: .*No space left on device"):
+    with pytest.raises(InputError, match=r"fetch into .*/back: .*No space left on device"):
         fetch(NAME, tmp_path / "back")
 
 
@@ -437,7 +437,7 @@ def test_the_commands_print_what_was_done(shared_dataset, hub, tmp_path, capsys,
 def test_a_fetch_cut_off_goes_on_where_it_stopped(shared_dataset, hub, tmp_path):
     publish(shared_dataset, CC0)
     hub.faults["resolve"] = [""] * 7 + ["403"] * 99
-    with pytest.raises(InputError, match=r"cannot fetch.*\(status 403\)"):
+    with pytest.raises(InputError, match=r"cannot fetch into .*\(status 403\)"):
         fetch(NAME, tmp_path / "back")
     hub.faults.clear()
     assert not (tmp_path / "back" / MANIFEST).exists()

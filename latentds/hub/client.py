@@ -127,8 +127,8 @@ class Repository:
             return None
 
     def download(self, folder: Path, paths: list[str]) -> None:
-        """Fetch files into a folder; those that an earlier call left half there go on."""
-        with self.asking("fetch"):
+        """Fetch files into a folder."""
+        with self.asking(f"fetch into {folder}"):
             snapshot_download(
                 **self.options, revision=self.head, local_dir=folder, allow_patterns=paths
             )

@@ -18,7 +18,7 @@ from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from latentds.store.transport import Transport
 
 LOCK = f"{SIDECARS}/fetch.lock"
-HUB_NOTES = ".cache/huggingface"  # what the Hub's client keeps of files that are half there
+HUB_NOTES = ".cache/huggingface"  # what the Hub's client keeps of files while it fetches them
 TABLE_PATTERN = re.compile(rf"{re.escape(SIDECARS)}/[a-z0-9_]+\.[a-z0-9]+")
 
 

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -219,6 +220,27 @@ def test_workers_lost_as_they_start_end_a_run_only_in_a_row(monkeypatch):
     assert [handout.take(reference) for reference in range(8)] == [0] * 8
     with pytest.raises(InputError, match="3 workers were lost as they started"):
         handout.take(8)
+
+
+def test_a_cluster_that_grows_gets_more_workers(monkeypatch):
+    ray_engine = pytest.importorskip("latentds.conversion.ray_engine")
+    handout, cluster = object.__new__(ray_engine.Handout), []
+    handout.config = SimpleNamespace(
+        address="auto", ray_workers=None, cpus_per_worker=1, device="cpu"
+    )
+    handout.waiting, handout.busy = deque(range(5)), {}
+    monkeypatch.setattr(ray_engine, "nodes", lambda: cluster)
+    monkeypatch.setattr(
+        handout, "start_worker", lambda: handout.busy.update({len(handout.busy): (None, None)})
+    )
+    handout.start_workers()
+    assert len(handout.busy) == 1  # Ray waits for a place
+    cluster += [{"CPU": 2}, {"CPU": 1}]
+    handout.start_workers()
+    assert len(handout.busy) == 3
+    cluster += [{"CPU": 9}]
+    handout.start_workers()
+    assert len(handout.busy) == 5  # one a shard
 
 
 @pytest.mark.slow

@@ -154,14 +154,21 @@ class Handout:
         total = len(self.plan.regions)
         with patches_bar(total) as bar:
             bar.initial = bar.n = total - sum(shard.patches for shard in self.waiting)
-            for _ in range(min(self.wanted(), len(self.waiting))):
-                self.start_worker()
+            self.start_workers()
             while self.waiting or any(shard for _, shard in self.busy.values()):
                 done = ray.wait(list(self.busy), timeout=PATIENCE_S)[0]
                 if not done and all(shard is None for _, shard in self.busy.values()):
                     raise InputError(no_room(self.config, nodes()))
                 for reference in done:
                     bar.update(self.take(reference))
+                    self.start_workers()
+
+    def start_workers(self) -> None:
+        """Start workers for the shards that wait, where the cluster has grown since too."""
+        starting = sum(shard is None for _, shard in self.busy.values())
+        if len(self.waiting) > starting:
+            for _ in range(min(self.wanted() - len(self.busy), len(self.waiting) - starting)):
+                self.start_worker()
 
     def wanted(self) -> int:
         """Workers at once: as many as asked for, or as there is room for; Ray waits for more."""

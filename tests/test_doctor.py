@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from latentds_tools import cli
+from latentds_tools import cli, doctor
 from latentds_tools.health import surroundings
 
 
@@ -84,6 +84,12 @@ def test_a_machine_without_network_is_well(capsys, no_network, quick_probe):
     text = call(capsys)
     assert "`tiny` decodes 7 patches" in text and "The base install works" in text
     assert "cannot be reached (ConnectionError)" in text
+
+
+def test_no_section_is_empty():
+    """Without the Hub's client nothing is said of the Hub."""
+    text = doctor.as_text([surroundings.examine_shm(1 << 40)])
+    assert "Limits" in text and "Hub" not in text
 
 
 def test_a_missing_extra_is_named_with_the_way_to_get_it(

@@ -57,11 +57,11 @@ def as_text(findings: list[Finding]) -> str:
     """A line a finding under its heading, remedies below, and the sum in the last line."""
     lines: list[str] = []
     for group, title in TITLES.items():
-        lines += ["", title]
-        for finding in findings:
-            if finding.group == group:
-                lines.append(f"  {finding.state:<8} {finding.name:<{WIDTH - 9}} {finding.text}")
-                lines += [f"  {'':<{WIDTH}} -> {finding.remedy}"] if finding.remedy else []
+        own = [finding for finding in findings if finding.group == group]
+        lines += ["", title] if own else []
+        for finding in own:
+            lines.append(f"  {finding.state:<8} {finding.name:<{WIDTH - 9}} {finding.text}")
+            lines += [f"  {'':<{WIDTH}} -> {finding.remedy}"] if finding.remedy else []
     counts = {
         state: sum(finding.state == state for finding in findings)
         for state in ("problem", "missing")

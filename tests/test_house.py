@@ -30,7 +30,7 @@ LINES = {
     "latentds/codecs": 1_210,
     "latentds/conversion": 2_520,
     "latentds/core": 1_250,
-    "latentds/edit": 2_610,
+    "latentds/edit": 2_630,
     "latentds/embedders": 1_990,
     "latentds/evaluation": 4_710,
     "latentds/hub": 1_390,

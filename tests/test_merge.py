@@ -243,6 +243,18 @@ def test_golden_patches_of_another_decoder_are_not_joined(parts, tmp_path):
     assert verify(tmp_path / "out", autoencoder=MeanAutoencoder()).is_good
 
 
+def test_bytes_that_are_read_wrong_while_they_are_copied_are_refused(parts, tmp_path, monkeypatch):
+    def misread(source, target, offset, size):
+        source.seek(offset)
+        content = bytearray(source.read(size))
+        content[200] ^= content.startswith(b"\x93NUMPY")
+        target.write(content)
+
+    monkeypatch.setattr(merging, "copy_bytes", misread)
+    with pytest.raises(FormatError, match="train-000000.tar: other bytes than its set recorded"):
+        merge(parts, tmp_path / "out")
+
+
 def test_a_damaged_shard_is_not_merged(parts, tmp_path):
     import shutil
 

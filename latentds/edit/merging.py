@@ -126,7 +126,16 @@ def add_copy(composer: Composer, shards: ShardSet, number: int) -> str:
     codebook = shards.manifest.contract_of(number).codebook
     contract = dataclasses.replace(composer.contract, codebook=codebook)
     copy = functools.partial(copy_shard, source, contract, record.split)
-    return composer.add_shard(record.split, contract, copy).record.name
+    index = composer.add_shard(record.split, contract, copy)
+    first = int(shards.first_pack[number])
+    recorded = shards.packs[first : first + record.packs]
+    for field in ("codes_crc32", "patches_crc32", "masks_crc32"):
+        if not np.array_equal(index.packs[field], recorded[field]):
+            raise FormatError(
+                f"{source}: other bytes than its set recorded were copied; run the same command "
+                "again"
+            )
+    return index.record.name
 
 
 def copy_shard(source: Path, contract: Contract, split: str, path: Path, number: int) -> None:

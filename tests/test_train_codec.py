@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +23,7 @@ from latentds_trainers.train_codec.codec_product import (
     step_for,
     symbol_counts,
     table_bits,
-    warm_start,
+    wake,
 )
 from latentds_trainers.train_codec.config import PRESETS, TrainCodecConfig
 from latentds_trainers.train_codec.task import CodecTask, StudentTask, codec_folder_of, draws, train
@@ -30,8 +31,7 @@ from latentds_trainers.train_codec.task import CodecTask, StudentTask, codec_fol
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.codec_folder import is_codec_folder, read_counts
 from latentds.autoencoders.decoders import load_decoder
-from latentds.autoencoders.tiny import BOUND, load_tiny
-from latentds.errors import WeightsError
+from latentds.errors import InputError, WeightsError
 from tests.conftest import smooth_picture
 
 
@@ -78,13 +78,48 @@ def test_rounding_gives_the_decoder_integers_and_the_encoder_its_gradient():
     assert torch.equal(latents.grad, torch.ones_like(latents))
 
 
-def test_a_warm_start_keeps_the_four_channels_of_tiny():
-    network = CodecNetwork(32, (96, 160))
-    warm_start(network)
-    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+def missed_by(network, images):
+    """What a decoded picture lacks, a row a latent cell; integers of latents, likewise."""
     with torch.no_grad():
-        latents = network.encoder(images)[:, ::8]
-        assert torch.equal(BOUND * torch.tanh(latents / BOUND), load_tiny().encode(images))
+        coded = rounded(network.encoder(images), torch.ones(len(images)))
+        lack = torch.nn.functional.pixel_unshuffle(images - network.decoder(coded), 8)
+    return (values.flatten(2).transpose(1, 2).flatten(0, 1) for values in (lack, coded * GAIN))
+
+
+def told(lack, integers):
+    """The share of `lack` that a linear decoder of the integers would restore."""
+    known = torch.cat([integers, torch.ones(len(integers), 1)], 1)
+    left = lack - known @ torch.linalg.lstsq(known, lack).solution
+    return 1 - float(left.square().sum() / (lack - lack.mean(0)).square().sum())
+
+
+def test_silent_channels_begin_with_what_the_decoder_misses(tiles):
+    torch.manual_seed(0)
+    network, silent = CodecNetwork(8, (16, 24)), [2, 5]
+    last = network.encoder.layers[-1]
+    with torch.no_grad():
+        last.weight[silent], last.bias[silent] = 0, 0
+    before = last.weight.clone()
+    pictures = [Image.open(path) for path in sorted(tiles.iterdir())]
+    crops = torch.stack([torch.from_numpy(np.array(image)) for image in pictures])
+    crops = crops.permute(0, 3, 1, 2).float() / 255
+    lack, integers = missed_by(network, crops)
+    wake(network, crops.split(4))
+    _, woken = missed_by(network, crops)
+    others = [0, 1, 3, 4, 6, 7]
+    assert torch.equal(last.weight[others], before[others])
+    assert (woken[:, silent].abs().amax(0) > 1).all()
+    assert told(lack, woken) > 0.9 > told(lack, integers)
+
+
+def test_a_run_goes_on_from_a_codec_of_its_own_sizes_alone(tiles, tmp_path):
+    sizes = {"channels": 32, "encoder_widths": (96, 160)}
+    task = CodecTask(settings(tiles, tmp_path / "on", init="tiny-v2", **sizes))
+    known = load_autoencoder("tiny-v2").encoder.state_dict()
+    mine = task.network().encoder.state_dict()
+    assert all(torch.equal(mine[name], known[name]) for name in known if "layers.7" not in name)
+    with pytest.raises(InputError, match="its encoder has other sizes; give --channels"):
+        CodecTask(settings(tiles, tmp_path / "other", init="tiny-v2"))
 
 
 def test_places_draw_the_same_steps_and_noise_on_any_number_of_ranks(tiles, tmp_path):
@@ -114,7 +149,7 @@ def test_the_step_for_a_size_makes_patches_of_it():
 
 def test_fewer_bytes_weigh_the_rate_more(tiles, tmp_path):
     weights = [settings(tiles, tmp_path, bytes=size).rate_weight for size in (4096, 2048)]
-    assert weights == pytest.approx([2.2e-3, 8.8e-3])
+    assert weights == pytest.approx([1.1e-3, 4.4e-3])
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentds.autoencoders.autoencoder import AutoencoderCard
-from latentds.autoencoders.codec_folder import CPU, FAST, LARGEST, SymbolCounts, save_codec
+from latentds.autoencoders.codec_folder import CPU, FACTOR, FAST, LARGEST, SymbolCounts, save_codec
 from latentds.autoencoders.decoders import default_name, save_decoder
-from latentds.autoencoders.tiny import CHANNELS, ResidualBlock, TinyDecoder, TinyEncoder, load_tiny
+from latentds.autoencoders.tiny import ResidualBlock, TinyDecoder, TinyEncoder
 
 if TYPE_CHECKING:
     from latentds_trainers.train_codec.config import CodecSettings
 
+logger = logging.getLogger(__name__)
 ESCAPE_BITS = 8
 PRODUCT = "codec"  # folder of a run
 STUDENTS = {FAST: "turbo-s32", CPU: "turbo-xs"}  # fast decoders, by their folder in the product
@@ -31,13 +33,15 @@ STEPS = tuple(0.5 * 2 ** (k / 8) for k in range(33))  # 0.5 to 8; the ninth is 1
 FLOOR = 0.005  # of a geometric law, mixed into counted shares
 COUNTED_PX, COUNTED_CROPS, FINAL_CROPS = 192, 16, 432
 BATCH = 8
-JUDGED_BYTES = (4096, 2048)
+RIDGE = 1e-3  # of the features' mean square
+JUDGED_BYTES = (8192, 4096, 2048)
 GAIN = 8.0  # integers at step 1 are round(8 * latent)
 LOG_SCALES = (-1.0, 0.5, 1.5)  # of a mixture's components at the start, in such integers
 LEAST_CHANCE = 1e-6  # of an integer: 20 bits, about what an escape costs
 RESIDUAL_SCALE = 0.2  # of the second convolution of a block, at a cold start
-# Of a warm start: new channels begin nearly silent, so that the trunk's picture stands.
-NEW_ROWS, NEW_COLUMNS = 0.7, 0.15
+# Of a channel that is woken: what of an orthonormal component of a block, of pixels in [0, 1], an
+# integer at step 1 stands for, about as in other channels; how much the decoder hears at first.
+MISSED, NEW_COLUMNS = 0.17, 0.15
 
 
 @torch.no_grad()
@@ -236,21 +240,39 @@ def rounded(latents: Tensor, steps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def warm_start(network: CodecNetwork) -> None:
-    """Take the layers of `tiny-v1`; its latent channels are spread over the network's."""
-    tiny: Any = load_tiny()
-    places = [index * network.channels // CHANNELS for index in range(CHANNELS)]
-    wanted: Any = network.encoder.layers
-    given = tiny.encoder.layers
-    wanted[:-1].load_state_dict(given[:-1].state_dict())
-    wanted[-1].weight.mul_(NEW_ROWS)
-    wanted[-1].weight[places] = given[-1].weight
-    wanted[-1].bias[places] = given[-1].bias
-    wanted, given = network.decoder.layers, tiny.decoder.layers
-    wanted[1:].load_state_dict(given[1:].state_dict())
-    wanted[0].weight.mul_(NEW_COLUMNS)
-    wanted[0].weight[:, places] = given[0].weight
-    wanted[0].bias.copy_(given[0].bias)
+def wake(network: CodecNetwork, batches: Iterable[Tensor]) -> None:
+    """Give channels that are always zero what the decoder misses most in these crops.
+
+    Their rows of the encoder's last convolution predict, by least squares from the features before
+    it, the first principal components of what a decoded picture lacks. The decoder hears little of
+    them, so that its picture stands, and learns to use them.
+    """
+    layers = network.encoder.layers
+    last: Any = layers[-1]
+    first: Any = network.decoder.layers[0]
+    features, lacks, largest = [], [], torch.zeros(network.channels).to(last.bias)
+    for images in batches:
+        seen = layers[:-1](images * 2 - 1)
+        coded = rounded(last(seen), torch.ones(len(images)).to(images))
+        largest = largest.maximum(coded.abs().amax((0, 2, 3)))
+        lack = functional.pixel_unshuffle(images - network.decoder(coded), FACTOR)
+        features.append(functional.unfold(seen, 3, padding=1).transpose(1, 2).flatten(0, 1))
+        lacks.append(lack.flatten(2).transpose(1, 2).flatten(0, 1))
+    silent = (largest == 0).nonzero()[:, 0]
+    if not len(silent):
+        return
+    known, wanted = torch.cat(features).double(), torch.cat(lacks).double()
+    known = torch.cat([known, torch.ones_like(known[:, :1])], 1)
+    gram = known.T @ known / len(known)
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+    told = torch.linalg.solve(gram, known.T @ wanted / len(known))
+    axes = torch.linalg.eigh(told.T @ gram @ told).eigenvectors.flip(1)[:, : len(silent)]
+    rows = (told @ axes).T.to(last.weight) / (MISSED * GAIN)
+    last.weight[silent] = rows[:, :-1].unflatten(1, last.weight.shape[1:])
+    last.bias[silent] = rows[:, -1]
+    fresh = nn.Conv2d(network.channels, first.weight.shape[0], 3).to(last.weight)
+    first.weight[:, silent] = NEW_COLUMNS * fresh.weight[:, silent]
+    logger.info("%d of %d channels begin anew", len(silent), network.channels)
 
 
 def mse(images: Tensor, wanted: Tensor) -> Tensor:

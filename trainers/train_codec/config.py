@@ -9,7 +9,7 @@ from typing import Literal
 
 from latentds_trainers.engine.settings import EngineOptions, TrainConfig, settled
 
-USUAL_BYTES, USUAL_RATE_WEIGHT = 4096, 2.2e-3  # what this weight came to in a first run
+USUAL_BYTES, USUAL_RATE_WEIGHT = 4096, 1.1e-3  # the slope of error over bits there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class CodecPreset:
     crop_px: int
     precision: Literal["fp32", "autocast", "bf16"]
     encoder_widths: tuple[int, int]
-    init: Literal["tiny-v1", "cold"]
+    init: str
     save_every: int
     save_minutes: float | None = None
     warmup_steps: int
@@ -31,7 +31,7 @@ PRESETS = {
     # One core of an EPYC without AVX-512: 0.6 s a step. bf16 is 13 times slower there than fp32.
     "cpu": CodecPreset(
         steps=8_000, batch_size=6, crop_px=96, precision="fp32", encoder_widths=(96, 160),
-        init="tiny-v1", save_every=800, warmup_steps=200,
+        init="tiny-v2", save_every=800, warmup_steps=200,
     ),
     "gpu-10min": CodecPreset(
         steps=12_000, batch_size=64, crop_px=128, precision="autocast", encoder_widths=(192, 320),
@@ -60,15 +60,15 @@ class CodecOptions:
     """Sizes for two cores and at most two hours, or for one H100-class GPU and ten minutes."""
     channels: int = 32
     bytes: int = USUAL_BYTES
-    """Size of a 256 px patch at step 1, from which the rate's weight follows."""
-    early_rate_weight: float = 5e-4
+    """Size that a 256 px patch is to have, from which the rate's weight follows."""
+    early_rate_weight: float = 2e-4
     """Weight of the rate in the first eighth of the steps, which keeps channels that start
     cheap."""
     rate_lr: float = 4e-3
     """Peak learning rate of the rate's mixtures, which have to follow the latents."""
-    step_range: tuple[float, float] = (0.7, 2.8)
+    step_range: tuple[float, float] = (0.4, 2.8)
     """Smallest and largest quantization step of the crops, evenly distributed in logarithm: about
-    4.5 to 1.4 KB."""
+    10 to 2 KB."""
     half_scale_share: float = 0.25
     """Share of the crops at half resolution (area filter)."""
     stain_share: float = 0.3
@@ -87,14 +87,16 @@ class TrainCodecConfig(CodecOptions, EngineOptions):
     """Settings of the run; None is the preset's. The weights that ship: preset `cpu`."""
 
     rate_weight: float | None = None
-    """Weight of bits a pixel beside the mean squared error; by default it follows from `bytes`."""
+    """Weight of bits a pixel beside the mean squared error at step 1, elsewhere times the square of
+    the step; by default it follows from `bytes`."""
     steps: int | None = None
     batch_size: int | None = None
     crop_px: int | None = None
     encoder_widths: tuple[int, int] | None = None
     """Channels at a quarter and an eighth of the resolution; the decoder is always `tiny`'s."""
-    init: Literal["tiny-v1", "cold"] | None = None
-    """Start from the layers of `tiny-v1`, or from random ones."""
+    init: str | None = None
+    """Go on from a codec (`tiny-v2`, or a run's OUT/codec), of which channels that are always zero
+    begin anew; or `cold`, from random weights."""
     lr: float = 4e-4
     warmup_steps: int | None = None
     schedule: Literal["constant", "cosine", "multistep"] = "cosine"

@@ -23,26 +23,34 @@ from latentds_trainers.train_codec.codec_product import (
     rounded,
     save_product,
     save_students,
-    warm_start,
+    wake,
 )
 from latentds_trainers.train_codec.tiles import Crops, read_tiles
 from torch import Tensor, nn
 
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
-from latentds.autoencoders.codec_folder import is_codec_folder, load_codec, read_counts
+from latentds.autoencoders.codec_folder import (
+    FACTOR,
+    RECORD,
+    is_codec_folder,
+    load_codec,
+    read_counts,
+)
 from latentds.autoencoders.decoders import find_decoder_folder, load_decoder, read_record
 from latentds.autoencoders.students import build_student, fit_shortcut
 from latentds.autoencoders.tiny import weights_folder
-from latentds.errors import WeightsError
+from latentds.errors import InputError, WeightsError
 
 if TYPE_CHECKING:
     from latentds_trainers.train_codec.config import CodecSettings
 
 logger = logging.getLogger(__name__)
 Network = TypeVar("Network", bound=nn.Module)
-FACTOR = 8
 SHORTCUT_CROPS = 64
 SHORTCUT_STEP = 2**32 - 1  # whose crops no training step draws
+WAKING_CROPS = 256
+WAKING_STEP = 2**32 - 2
+COLD = "cold"
 SAMPLES = 4
 MAY_CHANGE = ("tiles", "pack", "name", "licence")
 BETAS, DECAY = (0.9, 0.98), 1e-4
@@ -133,6 +141,19 @@ def train(task: CodecTask | StudentTask) -> Path | None:
     return task.config.out / PRODUCT if task.engine.is_first else None
 
 
+def go_on(network: CodecNetwork, folder: Path) -> None:
+    """Take encoder and decoder of a codec; InputError where its networks have other sizes."""
+    codec = load_codec(folder)
+    for part in ("encoder", "decoder"):
+        try:
+            getattr(network, part).load_state_dict(getattr(codec, part).state_dict())
+        except RuntimeError as error:
+            raise InputError(
+                f"--init {folder}: its {part} has other sizes; give --channels and "
+                f"--encoder-widths as its {RECORD} has them, or --init {COLD}"
+            ) from error
+
+
 def rounded_values(figures: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in figures.items()}
 
@@ -142,9 +163,14 @@ class CodecTask(TileTask):
         super().__init__(config)
         torch.manual_seed(config.seed)
         network = CodecNetwork(config.channels, config.encoder_widths)
-        if config.init == "tiny-v1":
-            warm_start(network)
-        students = self.new_students(network.to(self.device).encoder, config.channels)
+        network.to(self.device)
+        folder = None if config.init == COLD else codec_folder_of(config.init)
+        if folder:
+            go_on(network, folder)
+            wake(network, (self.crops.batch(WAKING_STEP, [row]) for row in range(WAKING_CROPS)))
+        students = self.new_students(network.encoder, config.channels)
+        if folder:
+            take_students(students, folder)
         networks = {"codec": (network, optimizer_of(network, config))}
         self.engine = Engine(
             config, "train_codec", networks | self.with_optimizers(students), may_change=MAY_CHANGE
@@ -163,10 +189,11 @@ class CodecTask(TileTask):
         coded = rounded(latents, steps)
         with engine.autocast():
             distortion = mse(network.decoder(coded), images)
-        bits = network.bits(latents, steps, noise).sum() / (images[:, 0].numel())
-        engine.update("codec", distortion + self.rate_weight(step) * bits)
+        bits = network.bits(latents, steps, noise).sum((1, 2, 3)) / images[0, 0].numel()
+        # What a bit is worth in squared error grows as the square of the step.
+        engine.update("codec", distortion + self.rate_weight(step) * (bits * steps**2).mean())
         students = self.update_students(coded.detach(), images)
-        return {"mse": distortion, "bits_per_pixel": bits} | students
+        return {"mse": distortion, "bits_per_pixel": bits.mean()} | students
 
     def rate_weight(self, step: int) -> float:
         """Of bits a pixel at this step."""
@@ -224,15 +251,7 @@ class StudentTask(TileTask):
         super().__init__(config)
         self.codec: NetworkAutoencoder = codec.to(self.device)
         students = self.new_students(self.codec.encoder, self.codec.card.channels)
-        for place, name in STUDENTS.items():
-            if not find_decoder_folder(self.folder / place):
-                continue
-            shape = read_record(self.folder / place).architecture.get("name")
-            if shape == name:  # goes on from what the codec has
-                known = load_decoder(self.folder / place).decoder.state_dict()
-                students[place].load_state_dict(known)
-            else:
-                logger.warning("%s is a %s; a new %s starts", self.folder / place, shape, name)
+        take_students(students, self.folder)
         networks = self.with_optimizers(students)
         self.engine = Engine(config, "train_codec", networks, may_change=MAY_CHANGE)
 
@@ -265,12 +284,25 @@ class StudentTask(TileTask):
         return figures
 
 
+def take_students(students: Mapping[str, nn.Module], folder: Path) -> None:
+    """Go on from the fast decoders that a codec's folder has."""
+    for place, name in STUDENTS.items():
+        if not find_decoder_folder(folder / place):
+            continue
+        shape = read_record(folder / place).architecture.get("name")
+        if shape == name:
+            students[place].load_state_dict(load_decoder(folder / place).decoder.state_dict())
+        else:
+            logger.warning("%s is a %s; a new %s starts", folder / place, shape, name)
+
+
 def codec_folder_of(name: str) -> Path:
     """The folder of a codec: `tiny-v2`'s own, or a path; WeightsError for what is none."""
     folder: Path = weights_folder() / name if name == "tiny-v2" else Path(name)
     if not is_codec_folder(folder):
         raise WeightsError(
-            f"{name}: no codec's folder (codec.json); for decoders of other autoencoders: "
+            f"{name}: no codec's folder ({RECORD}), which tiny-v2 and a run's OUT/codec are; for "
+            "decoders of other autoencoders: "
             "python -m latentds_trainers.finetune_decoder --student turbo-s"
         )
     return folder

@@ -44,6 +44,7 @@ def test_wheel_holds_the_packages_the_weights_and_nothing_else(tmp_path):
         "latentds/autoencoders/weights/tiny-v2/codec.json",
         "latentds/autoencoders/weights/tiny-v2/records-4096.safetensors",
         "latentds/autoencoders/weights/tiny-v2/records-2048.safetensors",
+        "latentds/autoencoders/weights/tiny-v2/records-8192.safetensors",
         "latentds/autoencoders/weights/tiny-v2/tables.safetensors",
         "latentds/autoencoders/weights/tiny-v2/weights.safetensors",
         "latentds/autoencoders/weights/tiny-v2/fast/decoder.json",

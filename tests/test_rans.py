@@ -153,8 +153,8 @@ def test_latents_of_a_single_line_are_refused(codebook):
 def test_patches_of_16_px_take_the_least_bytes_that_do():
     latent_id = load_autoencoder("tiny-v2").card.latent_id
     book = shipped_records(latent_id, (32, 2, 2), None).codebook
-    assert book.record_bytes == 18  # in proportion: 16
-    with pytest.raises(InputError, match="--bytes 16: .* a patch of 4 cells takes 18 to 132"):
+    assert book.record_bytes == 17  # in proportion: 16
+    with pytest.raises(InputError, match="--bytes 16: .* a patch of 4 cells takes 17 to 132"):
         shipped_records(latent_id, (32, 2, 2), 16)
     assert book.integers(book.quantize(torch.randn(40, 32, 2, 2) * 3)).intact.all()
 

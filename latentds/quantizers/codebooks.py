@@ -37,7 +37,7 @@ ENCODINGS: dict[str, type[Codebook] | type[AdditiveCodebook] | type[EntropyCodeb
 DIGITS = 7  # what a float32 holds
 WEIGHTS = "latentds.autoencoders"  # what ships lies beside the networks whose latents it codes
 USUAL_BYTES, USUAL_CELLS = 4096, 1024  # of a record of a patch of 256 px
-RECORDS = ("tiny-v2/records-4096.safetensors", "tiny-v2/records-2048.safetensors")
+RECORDS = tuple(f"tiny-v2/records-{size}.safetensors" for size in (4096, 2048, 8192))
 
 
 def unknown_encoding(value: object, where: str, made_by: object = None) -> FormatError:

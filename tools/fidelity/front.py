@@ -60,7 +60,7 @@ CURVES = {
                   "#555555", 2, (9, -8), "left"),
     "WebP": Curve("picture", ("webp@2048", "webp@4096", "webp:75", "webp:95"),
                   "#CC79A7", 1, (12, -6), "left"),
-    "tiny-v2": Curve("latent", ("tiny-v2+rans:2048", "tiny-v2+rans:4096"),
+    "tiny-v2": Curve("latent", ("tiny-v2+rans:2048", "tiny-v2+rans:4096", "tiny-v2+rans:8192"),
                      "#D55E00", 1, (-8, 12), "right"),
     "tiny-v1": Curve("latent", ("tiny+kmeans",), "#D55E00", 0, (12, -4), "left"),
     "TAEF2": Curve("latent", ("taef2+kmeans",), "#D55E00", 0, (0, -18), "center"),

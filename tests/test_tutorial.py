@@ -30,7 +30,8 @@ NEEDS = {"tutorial_slides": ("openslide", "tifffile"),
 
 def masked(text: str) -> list[str]:
     """Lines without their figures and columns, which differ from machine to machine."""
-    return [" ".join(NUMBER.sub("#", line).split()) for line in text.splitlines()]
+    lines = re.sub(r", \d+ equal", "", text).splitlines()  # a fold's tie is one machine's
+    return [" ".join(NUMBER.sub("#", line).split()) for line in lines]
 
 
 def run_line(line: str, processes: ForkServerContext) -> None:

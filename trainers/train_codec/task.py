@@ -160,13 +160,14 @@ def rounded_values(figures: Mapping[str, float]) -> dict[str, float]:
 
 class CodecTask(TileTask):
     def __init__(self, config: CodecSettings) -> None:
-        super().__init__(config)
+        folder = None if config.init == COLD else codec_folder_of(config.init)
         torch.manual_seed(config.seed)
         network = CodecNetwork(config.channels, config.encoder_widths)
-        network.to(self.device)
-        folder = None if config.init == COLD else codec_folder_of(config.init)
         if folder:
             go_on(network, folder)
+        super().__init__(config)
+        network.to(self.device)
+        if folder:
             wake(network, (self.crops.batch(WAKING_STEP, [row]) for row in range(WAKING_CROPS)))
         students = self.new_students(network.encoder, config.channels)
         if folder:

@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import signal
+import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -127,6 +128,13 @@ def test_a_wait_of_hours_is_not_sat_out(server, cache):
     server.faults[PACKS_TABLE], server.retry_after = ["429"], "7200"
     with pytest.raises(InputError, match="status 429, after 1 tries"):
         ShardSet(server.url, cache=cache)
+
+
+def test_a_set_that_does_not_open_leaves_no_thread_that_asks_on(server, cache):
+    server.faults[PACKS_TABLE], server.faults[PATCHES_TABLE] = ["403!"], ["503"] * 3
+    with pytest.raises(InputError, match="403"):
+        ShardSet(server.url, cache=cache)
+    assert not [each for each in threading.enumerate() if each.name.startswith("latentds-tables")]
 
 
 def test_damaged_packs_of_a_location_are_replaced_as_in_a_folder(dataset, cache):

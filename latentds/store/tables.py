@@ -169,9 +169,10 @@ class PackTable:
         self.first_pack = np.cumsum([0, *(shard.packs for shard in shards)])
         firsts = self.first_patches = np.cumsum([0, *(shard.patches for shard in shards)])
         self.room = np.array([shard.bytes for shard in shards], np.uint64)
-        if isinstance(files, RemoteFiles):
-            self.fetch_others(files)
-        self.rows = open_table(files, manifest, PACKS_TABLE)
+        with ThreadPoolExecutor(2, "latentds-tables") as pool:  # its threads end here, also failing
+            if isinstance(files, RemoteFiles):
+                self.fetch_others(files, pool)
+            self.rows = open_table(files, manifest, PACKS_TABLE)
         if manifest.pack_patches is not None:
             self.spans = Spans(firsts, self.first_pack, manifest.pack_patches)
         else:
@@ -183,16 +184,14 @@ class PackTable:
         if self.rows.sums is None:
             self.rows[:]
 
-    def fetch_others(self, files: RemoteFiles) -> None:
+    def fetch_others(self, files: RemoteFiles, pool: ThreadPoolExecutor) -> None:
         """Begin to fetch the other tables, or their headers; what fails is told when it is used."""
-        pool = ThreadPoolExecutor(2, "latentds-tables")
         for name in self.manifest.tables.keys() & {PATCHES_TABLE, DIGESTS}:
             entry = self.manifest.tables[name]
             sums = block_sums(entry, rows_of(self.manifest, name))
             if "blocks" not in entry:  # else its sums are in the pack table
                 # Not opened there: Python 3.11 fails where two threads parse (headers) at once.
                 pool.submit(files.table, name, self.manifest, sums)
-        pool.shutdown(wait=False)  # its threads end with what they do
 
     @functools.cached_property
     def digests(self) -> Table | None:

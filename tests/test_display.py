@@ -3,6 +3,8 @@
 import csv
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 from latentds_tools import cli
@@ -84,3 +86,12 @@ def test_class_names_reach_terminal_and_card_escaped(dataset, capsys):
     card = dataset_card(read_manifest(dataset))
     assert "\x1b" not in card and "\u202e" not in card and "\\<img" in card
     assert "\x1b" not in describe_autoencoder({"name": EVIL, "repository": EVIL, "revision": EVIL})
+
+
+@pytest.mark.parametrize("words", [["--help"], ["doctor", "--help"]])
+def test_output_that_nobody_reads_ends_a_command_without_a_word(words):
+    command = [sys.executable, "-m", "latentds_tools.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141

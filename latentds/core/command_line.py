@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
-from latentds.core.display import say
+from latentds.core.display import end_unread, say
 from latentds.errors import InputError, LatentdsError
 
 Settings = TypeVar("Settings")
@@ -49,6 +49,8 @@ def parse(
     about = description or inspect.getdoc(settings)
     try:
         filled = tyro.cli(form, args=words, prog=prog, description=about, config=FLAT)
+    except BrokenPipeError:
+        end_unread(sys.stdout)
     except SystemExit as end:
         if not end.code and examples:  # it was a help
             say("\n".join(["", "examples:", *(f"    {line}" for line in examples)]))

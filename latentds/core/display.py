@@ -11,11 +11,12 @@ from __future__ import annotations
 import html
 import json
 import logging
+import os
 import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 MAX_FACTS, MAX_FACT = 60, 200  # rows and characters a row of a card's table
 Shown = TypeVar("Shown")
 OURS = ("latentds", "latentds_tools", "latentds_trainers")  # packages whose logs are shown
+NO_READER = 141  # exit code of what a closed pipe ended, as shells tell it
 LINE_S = 30.0
 LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
 
@@ -58,16 +60,26 @@ def lines(text: str) -> str:
     )
 
 
-def say(
-    text: object = "", file: TextIO | None = None, end: str = "\n", flush: bool = False
-) -> None:
-    """Print to the terminal; commands have no other way to."""
+def say(text: object = "", file: TextIO | None = None, end: str = "\n") -> None:
+    """Print to the terminal; commands have no other way to.
+
+    Ends the process without a word where nobody reads on, as behind `| head`.
+    """
     out = sys.stdout if file is None else file
     whole = lines(str(text)) + end
     encoding = getattr(out, "encoding", None) or "utf-8"
-    out.write(whole.encode(encoding, "backslashreplace").decode(encoding))
-    if flush:
+    try:
+        out.write(whole.encode(encoding, "backslashreplace").decode(encoding))
         out.flush()
+    except BrokenPipeError:
+        end_unread(out)
+
+
+def end_unread(out: TextIO) -> NoReturn:
+    """End the process after a BrokenPipeError of `out`."""
+    # The interpreter writes what is left when it ends, and would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+    sys.exit(NO_READER)
 
 
 class VisibleFormatter(logging.Formatter):

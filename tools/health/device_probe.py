@@ -38,7 +38,7 @@ def count_gpus() -> int:
 
 def tell(line: dict[str, Any]) -> None:
     """Print at once: what follows may never come."""
-    say(json.dumps(line), flush=True)
+    say(json.dumps(line))
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def show(values: Any, as_json: bool, text: Callable[[Any], str] | None = None) -
         shown = text(values)
     else:
         shown = "\n".join(f"{name:<16} {value}" for name, value in values.items())
-    say(shown, flush=True)
+    say(shown)
 
 
 def deliver(

@@ -106,11 +106,11 @@ def same_on_all_ranks(error: LatentdsError) -> LatentdsError:
 def tell(error: LatentdsError, rank: int) -> None:
     """Print the error's line, once for all ranks where it is every rank's."""
     if rank == 0:
-        say(error, file=sys.stderr, flush=True)
+        say(error, file=sys.stderr)
     elif getattr(error, "is_on_all_ranks", False):
         time.sleep(TELLING_S)
     else:
-        say(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        say(f"rank {rank}: {error}", file=sys.stderr)
 
 
 def leave_ranks(together: bool = True) -> None:

@@ -163,6 +163,24 @@ def test_presets_give_what_is_not_given(preset, tiles, tmp_path):
 
 
 @pytest.mark.slow
+def test_channels_that_are_always_zero_are_told(tiles, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(codec_product, "COUNTED_CROPS", 8)
+    monkeypatch.setattr(codec_product, "COUNTED_PX", 64)
+    task = CodecTask(settings(tiles, tmp_path / "mine"))
+    assert task.validate()["silent_channels"] == 0 and "are zero" not in caplog.text
+    network = task.network()
+    last = network.encoder.layers[-1]
+    last.weight[[2, 5]], last.bias[[2, 5]] = 0, 0
+    monkeypatch.setattr(task, "network", lambda: network)
+    assert task.validate()["silent_channels"] == 2
+    assert (
+        f"2 of 8 channels are zero in all held-out pictures, and learn nothing more; --init \
+{tmp_path / 'mine' / 'codec'} would begin them anew"
+        in caplog.text
+    )
+
+
+@pytest.mark.slow
 def test_a_run_resumes_and_leaves_a_folder_that_loads(tiles, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(codec_product, "COUNTED_CROPS", 8)
     monkeypatch.setattr(codec_product, "FINAL_CROPS", 8)

@@ -108,13 +108,17 @@ def held_out_figures(
     counts: Tensor,
     images: Tensor,
 ) -> dict[str, float]:
-    """Bytes at step 1 by tables; PSNR in dB at 4,096 and 2,048 bytes, of every decoder.
+    """Channels that are zero, bytes at step 1 by tables; PSNR in dB at sizes, of every decoder.
 
     latents  (B, C, 32, 32) of the images
     images   (B, 3, 256, 256) in [0, 1], of held-out patients
     """
     decoders = {"": decoder} | {f"{name}_": student for name, student in students.items()}
-    figures = {"bytes_at_step_1": patch_bytes(latents, counts, 1.0)}
+    largest = rounded(latents, torch.ones(len(latents)).to(latents)).abs().amax((0, 2, 3))
+    figures = {
+        "silent_channels": float((largest == 0).sum()),
+        "bytes_at_step_1": patch_bytes(latents, counts, 1.0),
+    }
     for size in JUDGED_BYTES:
         step = step_for(latents, counts, size)
         coded = rounded(latents, torch.full((len(latents),), step).to(latents))

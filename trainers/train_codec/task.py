@@ -221,6 +221,12 @@ class CodecTask(TileTask):
         counts = count_integers(network.encoder, self.crops, self.config, self.engine.is_done)
         latents = encoded(network.encoder, self.held_out)
         figures = held_out_figures(latents, network.decoder, students, counts, self.held_out)
+        if figures["silent_channels"]:
+            logger.warning(
+                "%.0f of %d channels are zero in all held-out pictures, and learn nothing more; "
+                "--init %s would begin them anew",
+                figures["silent_channels"], network.channels, self.config.out / PRODUCT,
+            )  # fmt: skip
         made = {"steps": self.engine.step, "seconds": round(self.engine.state().seconds)}
         trained = {"shares": self.tiles.shares, "figures": rounded_values(figures)} | made
         save_product(self.config, network, students, counts, trained)

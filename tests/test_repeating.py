@@ -75,6 +75,15 @@ def test_a_finished_set_of_another_run_is_not_taken_for_this_one(source, tmp_pat
     assert not (tmp_path / "out" / ".latentds" / "work").exists()
 
 
+def test_a_finished_set_that_left_out_more_than_is_allowed_is_told(source, tmp_path):
+    whole = (source / "a" / "p001.png").read_bytes()
+    (source / "a" / "p001.png").write_bytes(whole[:-40])  # its header can be read
+    convert_with_mean(source, tmp_path / "out", max_bad=1)
+    with pytest.raises(InputError, match="left out 1 pictures, --max-bad is 0; raise it"):
+        convert_with_mean(source, tmp_path / "out")
+    convert_with_mean(source, tmp_path / "out", max_bad=1)
+
+
 def test_input_replaced_between_kill_and_resume_is_noticed(source, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         kill_at(patched, "finish")

@@ -150,6 +150,12 @@ def finished_before(
             f"{config.out}: holds a finished data set of another run ({', '.join(changed[:5])}); "
             "choose another --out, or pass --overwrite"
         )
+    lost = len(manifest.made["left_out"])
+    if lost > config.max_bad:
+        raise InputError(
+            f"{config.out}: holds a finished data set that left out {lost} pictures, --max-bad is "
+            f"{config.max_bad}; raise it, or repair them and pass --retry"
+        )
     made_at = (config.out / MANIFEST).stat().st_mtime_ns
     later = next((p for p in input_files(plan, config) if p.stat().st_mtime_ns > made_at), None)
     if later is not None:

@@ -194,6 +194,15 @@ def test_a_staged_set_of_other_options_is_not_uploaded(pictures, memory, tmp_pat
     assert len(ShardSet("memory://bucket/made", cache=CacheConfig(dir=tmp_path / "c")).packs) == 9
 
 
+def test_a_dry_run_reads_from_an_object_store(pictures, memory, tmp_path, capsys):
+    for path in pictures.rglob("*.png"):
+        memory.pipe(f"/bucket/in/{path.relative_to(pictures)}", path.read_bytes())
+    words = ["convert", "memory://bucket/in", "--out", str(tmp_path / "out"), "--dry-run", "--json"]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*words, "--work", str(tmp_path / "work")])
+    assert json.loads(capsys.readouterr().out)["patches"] == 33 and not (tmp_path / "out").exists()
+
+
 def test_a_file_that_is_no_key_is_refused(tmp_path):
     save_pictures(tmp_path / "in", 2)
     (tmp_path / "key").write_text("short")

@@ -49,6 +49,7 @@ def run(config: Config) -> None:
     # --max-px is checked before a pixel is decoded; Pillow's own limit would cap it at twice the
     # default.
     Image.MAX_IMAGE_PIXELS = None
+    config = with_local_source(config)
     summary = estimate(config) if config.dry_run else convert_to(config)
     text = as_text if config.verbose or config.dry_run else in_short
     show(summary, config.json, lambda found: text(visible(found)))
@@ -62,8 +63,7 @@ def convert_to(config: Config) -> dict[str, Any]:
     from latentds.store.manifest import read_manifest
     from latentds.store.object_store import location_of, refuse_taken, upload
 
-    started = time.perf_counter()
-    config, location = with_local_source(config), location_of(config.out)
+    started, location = time.perf_counter(), location_of(config.out)
     if config.retry:
         if location is not None:
             raise InputError(f"--retry needs a local --out, not {location}; fetch the set first")

@@ -1,6 +1,7 @@
 """Object stores: the manifest last, uploads that were cut off go on; names that stay at home."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -179,19 +180,60 @@ def test_reasons_tell_no_name_either(tmp_path):
     assert not any(b"Jane" in p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
 
 
-def test_a_staged_set_of_other_options_is_not_uploaded(pictures, memory, tmp_path, monkeypatch):
+@pytest.fixture
+def cut_off(pictures, memory, tmp_path, monkeypatch):
+    """Words of a conversion whose set was made, but whose upload was cut off."""
+
     def denied(*_, **__):
         raise PermissionError("Access Denied")
 
     words = ["convert", str(pictures), "--out", "memory://bucket/made", "--device", "cpu"]
-    words += ["--work", str(tmp_path / "work")]
+    words += ["--work", str(tmp_path / "work"), "--autoencoder", "tiny-v1"]
     with monkeypatch.context() as patched:
         patched.setattr(type(memory), "put_file", denied)
         with pytest.raises(SystemExit, match="1"):
             cli.main(words)
+    assert not memory.exists(f"/bucket/made/{MANIFEST}")
+    return words
+
+
+def test_a_staged_set_of_this_run_is_uploaded_and_not_made_again(cut_off, memory, tmp_path):
+    (made,) = (tmp_path / "work").glob(f"*/{MANIFEST}")
+    before = made.read_bytes()
     with pytest.raises(SystemExit, match="0"):
-        cli.main([*words, "--pack-size", "4"])
+        cli.main(cut_off)
+    assert memory.cat_file(f"/bucket/made/{MANIFEST}") == before
+    assert not list((tmp_path / "work").glob("*/data"))
+
+
+def test_a_staged_set_of_other_options_is_not_uploaded(cut_off, tmp_path):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*cut_off, "--pack-size", "4"])
     assert len(ShardSet("memory://bucket/made", cache=CacheConfig(dir=tmp_path / "c")).packs) == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words", "patches"),
+    [
+        (lambda root: save_pictures(root / "tumour", 21), [], "another run .*input", 34),
+        (lambda root: (root / "stroma" / "p000.png").touch(), [], "p000.png was changed", 33),
+        (lambda _: None, ["--autoencoder", "tiny-v2"], "another run .*latent_id", 33),
+    ],
+)
+def test_a_staged_set_of_another_run_is_refused_and_replaced_when_asked(
+    cut_off, memory, pictures, tmp_path, capsys, change, options, words, patches
+):
+    change(pictures)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main([*cut_off, *options])
+    told = capsys.readouterr().err
+    assert re.search(f"holds a finished data set.*{words}.*--overwrite", told)
+    assert not memory.exists(f"/bucket/made/{MANIFEST}")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*cut_off, *options, "--overwrite"])
+    shards = ShardSet("memory://bucket/made", cache=CacheConfig(dir=tmp_path / "c"))
+    name = shards.manifest.contract.autoencoder["name"]
+    assert len(shards) == patches and name == (options or cut_off)[-1]
 
 
 def test_a_dry_run_reads_from_an_object_store(pictures, memory, tmp_path, capsys):

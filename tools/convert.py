@@ -60,7 +60,6 @@ def convert_to(config: Config) -> dict[str, Any]:
     from latentds.conversion.converting import convert
     from latentds.edit.retrying import retry
     from latentds.store.format import MANIFEST
-    from latentds.store.manifest import read_manifest
     from latentds.store.object_store import location_of, refuse_taken, upload
 
     started, location = time.perf_counter(), location_of(config.out)
@@ -72,10 +71,10 @@ def convert_to(config: Config) -> dict[str, Any]:
     if location is None:
         return describe(config, convert(config), time.perf_counter() - started)
     local = dataclasses.replace(config, out=staging_of(config, location))
-    is_finished = not config.overwrite and (local.out / MANIFEST).is_file()  # upload was cut off
-    if not (is_finished or config.overwrite):
+    if not (config.overwrite or (local.out / MANIFEST).is_file()):  # it is: upload was cut off
         refuse_taken(location)
-    manifest = read_manifest(local.out) if is_finished else convert(local)
+    logger.info("%s: made in %s first", location, local.out)
+    manifest = convert(local)  # which knows a finished set of this run from one of another
     upload(local.out, location, config.overwrite, lambda name, _: logger.info("there: %s", name))
     summary = describe(local, manifest, time.perf_counter() - started) | {"out": location}
     shutil.rmtree(local.out)

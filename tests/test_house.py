@@ -28,7 +28,7 @@ RECIPE_FILES = {"config", "task", "__main__"}
 LINES = {
     "latentds/autoencoders": 2_020,
     "latentds/codecs": 1_210,
-    "latentds/conversion": 2_520,
+    "latentds/conversion": 2_530,
     "latentds/core": 1_260,
     "latentds/edit": 2_630,
     "latentds/embedders": 1_990,
@@ -37,7 +37,7 @@ LINES = {
     "latentds/loading": 4_320,
     "latentds/models": 1_760,
     "latentds/quantizers": 3_560,
-    "latentds/sources": 6_270,
+    "latentds/sources": 6_300,
     "latentds/store": 5_340,
     "latentds/views": 1_180,
     "tools": 11_530,

@@ -71,6 +71,15 @@ def test_what_is_still_broken_leaves_the_set_as_it_was(config):
     assert codes_by_source(config.out) == before
 
 
+def test_a_source_that_is_gone_stays_on_record_as_left_out(config):
+    (config.source / "a" / "s1" / "p007.png").unlink()
+    repair(config, "p003.png")
+    manifest = retry(config, run)
+    assert [entry["source"] for entry in manifest.made["left_out"]] == ["a/s1/p007.png"]
+    with pytest.raises(InputError, match="left out no source as a whole that is still in .*in;"):
+        retry(config, run)
+
+
 def test_other_options_are_refused(config):
     repair(config, "p003.png")
     other = ConvertConfig(source=config.source, out=config.out, **OPTIONS | {"mpp": 0.5})

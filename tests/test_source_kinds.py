@@ -51,6 +51,32 @@ def test_no_look_into_files_that_are_pictures_by_their_names(tmp_path, monkeypat
     assert source.kind == "a folder of pictures" and len(found.pictures) == 3
 
 
+def test_a_list_of_sources_may_have_a_byte_order_mark_remarks_and_a_name_with_a_hash(tmp_path):
+    save_pictures(tmp_path / "in" / "a", 3)
+    save_pictures(tmp_path / "in" / "#b", 2)
+    (tmp_path / "only.txt").write_text("a/p002.png\n\n# not p000\n#b/p001.png\n", "utf-8-sig")
+    found = labels_of(tmp_path / "in", only=tmp_path / "only.txt")
+    assert found.keys() == {"a/p002.png", "#b/p001.png"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("a/p0.png\na/p001.png\n", "'a/p0.png' is"), ("# all\n", "nothing is")]
+)
+def test_a_listed_source_that_is_not_there_is_told_by_name(tmp_path, text, words):
+    save_pictures(tmp_path / "in" / "a", 2)
+    (tmp_path / "only.txt").write_text(text)
+    match = f"only.txt: {words} no source of .*in, which has 'a/p000.png', 'a/p001.png'; "
+    with pytest.raises(InputError, match=match):
+        listed(tmp_path / "in", only=tmp_path / "only.txt")
+
+
+def test_a_list_of_sources_that_is_no_text_is_refused(tmp_path):
+    save_pictures(tmp_path / "in" / "a", 1)
+    (tmp_path / "only.txt").write_bytes("a/p000.png".encode("utf-16"))
+    with pytest.raises(InputError, match="only.txt: not UTF-8"):
+        listed(tmp_path / "in", only=tmp_path / "only.txt")
+
+
 @pytest.mark.parametrize("others", [0, 1])
 def test_tiled_tiff_patches_are_pictures_alone_and_among_others(tmp_path, others):
     for number in range(3):

@@ -15,13 +15,13 @@ from PIL import Image
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.processes import choose_device
-from latentds.core.storage import MARK, check_regular, exclusive_lock, naming, write_atomically
+from latentds.core.storage import MARK, exclusive_lock, naming, write_atomically
 from latentds.edit.exporting import TABLE, blocks, patch_path, read_rows, sources_of, table_line
 from latentds.edit.outputs import check_apart, refuse_foreign
 from latentds.errors import InputError
 from latentds.loading.decoding import Decoder, find_autoencoder
 from latentds.loading.selection import select_rows
-from latentds.sources.csv_tables import read_table, write_table
+from latentds.sources.csv_tables import read_lines, read_table, write_table
 from latentds.sources.names import columns_of
 from latentds.store.format import SPLIT_PATTERN
 from latentds.store.reader import ShardSet
@@ -185,8 +185,7 @@ def encode(image: np.ndarray, picture_format: str, quality: int) -> bytes:
 
 def read_slide_list(path: Path) -> list[str]:
     """Slide names, one a line; empty lines and those that begin with # are passed over."""
-    lines = [line.strip() for line in read_text(path).splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+    return [line for line in read_lines(path) if not line.startswith("#")]
 
 
 def read_splits(path: Path) -> tuple[Literal["slide", "patient"], dict[str, str]]:
@@ -213,11 +212,3 @@ def read_splits(path: Path) -> tuple[Literal["slide", "patient"], dict[str, str]
         if splits.setdefault(name, split) != split:
             raise InputError(f"{where}: {name!r} is in {splits[name]!r} too; a {by} has one split")
     return by, splits
-
-
-def read_text(path: Path) -> str:
-    try:
-        check_regular(path, str(path))
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as such") from error

@@ -14,6 +14,7 @@ from latentds.core.storage import write_atomically
 from latentds.edit.merging import merge
 from latentds.errors import REASONS, InputError
 from latentds.quantizers.codebooks import StoredCodebook
+from latentds.sources.opening import names_of, open_source
 from latentds.store.format import MANIFEST
 from latentds.store.manifest import Manifest, read_manifest
 
@@ -36,9 +37,12 @@ def retry(
     recover(out, new, old)
     manifest = read_manifest(out)
     check_options(config, manifest)
-    wanted = wholly_left_out(manifest)
+    there = names_of(open_source(config).listing().pictures, config)
+    left_out = wholly_left_out(manifest)
+    wanted = [name for name in left_out if name in there]  # of others the record stays
     if not wanted:
-        raise InputError(f"{out}: left out no source as a whole; nothing to try again")
+        gone = f" that is still in {config.source}" if left_out else ""
+        raise InputError(f"{out}: left out no source as a whole{gone}; nothing to try again")
     helper = out.with_name(f"{out.name}.retry-files")
     write_atomically(helper / "only.txt", "\n".join(wanted).encode())
     contract = manifest.contract

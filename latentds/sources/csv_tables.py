@@ -1,4 +1,4 @@
-"""CSV, TSV and Parquet files as rows of text, read whole and checked; CSV written at once."""
+"""CSV, TSV and Parquet files as rows of text, lists as lines, all checked; CSV written at once."""
 
 from __future__ import annotations
 
@@ -193,3 +193,13 @@ def write_table(
     writer.writerow(map(csv_cell, columns))
     writer.writerows(map(csv_cell, row) for row in rows)
     write_atomically(path, text.getvalue().encode())
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty, without spaces around and a byte order mark."""
+    check_regular(path, str(path))
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as such") from error
+    return [line.strip() for line in lines if line.strip()]

@@ -66,7 +66,8 @@ class CutOptions:
     """CSV that assigns slides to splits, in place of split folders: columns slide or patient,
     split, and label if it is to set labels. CLAM's splits_0.csv is read, too."""
     only: Path | None = None
-    """File of the sources to take, one a line as a manifest names them. All others are left out."""
+    """File of the sources to take, one a line as a manifest names them. All others are left out.
+    Other lines that begin with # are passed over."""
     tile_downsample: float = 1.0
     """Pixels of level 0 a pixel of tiles named <column>_<row>: 2 for tiles of 20x from 40x."""
     assume_mpp: float | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from latentds.errors import InputError, no_folder
 from latentds.sources.coordinates import CoordinateJob
+from latentds.sources.csv_tables import read_lines
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_class_names, known_patient
 from latentds.sources.names import parse_shares, pattern_patient, split_patients
@@ -87,13 +88,24 @@ def list_source(source: Source, options: SourceOptions) -> Listing:
 
 
 def choose(pictures: Sequence[Picture], options: SourceOptions) -> tuple[Picture, ...]:
+    """The pictures that --only names; InputError for a name that is no picture's."""
     assert options.only is not None
-    names = {line.strip() for line in options.only.read_text().splitlines() if line.strip()}
+    names, known = dict.fromkeys(read_lines(options.only)), names_of(pictures, options)
+    # A source may begin with #; other lines that do are remarks.
+    lost = [name for name in names if name not in known and not name.startswith("#")]
+    chosen = {known[name].source for name in names if name in known}
+    if lost or not chosen:
+        raise InputError(
+            f"{options.only}: {some(lost) or 'nothing'} is no source of {options.source}, which "
+            f"has {some([p.source for p in pictures])}; name sources as a manifest does"
+        )
+    return tuple(p for p in pictures if p.source in chosen)
+
+
+def names_of(pictures: Sequence[Picture], options: SourceOptions) -> dict[str, Picture]:
+    """Pictures by what a manifest may call them: the source's name, or what hides it."""
     hide = options.hide
-    chosen = tuple(p for p in pictures if p.source in names or hide(p.source) in names)
-    if not chosen:
-        raise InputError(f"{options.only}: names none of the {len(pictures)} sources")
-    return chosen
+    return {name: p for p in pictures for name in (hide(p.source), p.source)}
 
 
 def unlabelled(pictures: Sequence[Picture]) -> tuple[str, ...]:

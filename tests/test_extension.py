@@ -14,6 +14,7 @@ from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.quantizers.codebooks import StoredCodebook
 from latentds.sources import opening
 from latentds.sources.originals import Originals
+from latentds.sources.picture import Listing, Picture
 from latentds.store.reader import ShardSet
 from tests import own_source
 from tests.conftest import smooth_picture
@@ -63,6 +64,23 @@ def test_a_changed_file_of_an_own_source_is_noticed(array, tmp_path):
     np.save(array, np.load(array)[::-1])
     with pytest.raises(InputError, match="differs in input_files"):
         convert(config, MeanAutoencoder(), source=ArrayFile(array))
+
+
+class Elsewhere(ArrayFile):
+    """Names patches by absolute paths of which there is no file."""
+
+    def listing(self):
+        return Listing(tuple(Picture(f"/nowhere/{i}", "train") for i in range(len(self.array))))
+
+    def read(self, picture, *asked):
+        number = picture.source.rpartition("/")[2]
+        patches = super().read(dataclasses.replace(picture, source=number), *asked)
+        return [dataclasses.replace(patch, source=picture.source) for patch in patches]
+
+
+def test_a_source_may_name_its_patches_by_absolute_paths_without_files(array, tmp_path):
+    config = ConvertConfig(source=array, out=tmp_path / "out", **RUN)
+    assert convert(config, MeanAutoencoder(), source=Elsewhere(array)).patches == 300
 
 
 class Wrong(ArrayFile):

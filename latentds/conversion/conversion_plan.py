@@ -8,7 +8,7 @@ import functools
 import hashlib
 import itertools
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +114,8 @@ def input_stamp(plan: Plan, config: ConvertConfig) -> str:
 
 def input_files(plan: Plan, config: ConvertConfig) -> list[Path]:
     root = Path(getattr(plan.source, "root", config.source))
-    files = {file: None for picture in plan.pictures for file in files_of(root, picture.source)}
+    named = (file_of(root / picture.source) for picture in plan.pictures)
+    files = {file: None for file in named if file is not None}
     if config.masks is not None:
         stems = [config.masks / picture.source for picture in plan.pictures]
         masks = [stem.with_suffix(suffix) for stem in stems for suffix in MASK_SUFFIXES]
@@ -128,13 +129,9 @@ def input_files(plan: Plan, config: ConvertConfig) -> list[Path]:
     return list(files)
 
 
-def files_of(root: Path, source: str) -> Iterator[Path]:
-    """The file that a source names, or the archive that it is in."""
-    path = root / source
-    while path != root and not path.is_file():
-        path = path.parent
-    if path != root:
-        yield path
+def file_of(path: Path) -> Path | None:
+    """The file that a source names, or the archive that it is in; None where there is neither."""
+    return next((place for place in (path, *path.parents) if place.is_file()), None)
 
 
 def make_plan(config: ConvertConfig, source: Source | None = None) -> Plan:

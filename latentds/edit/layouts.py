@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from latentds.core.display import csv_text
+from latentds.core.paths import take_paths
 from latentds.edit.arrays import ARRAY_SUFFIXES, LABELS, ArrayFile, read_npy, read_npy_header
 from latentds.edit.exporting import TABLE
 from latentds.errors import InputError
@@ -89,6 +90,9 @@ class ImportOptions:
     pack_size: int = 256
     shard_bytes: int = SHARD_BYTES
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        take_paths(self)
 
 
 def list_latents(root: Path, options: ImportOptions) -> tuple[str, list[ForeignPatch]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.prepared import fitting, planes_of
+from latentds.core.paths import take_paths
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.loading.decoding import find_autoencoder
 from latentds.quantizers.additive_fit import fit_additive
@@ -50,6 +51,7 @@ class Recoding:
     autoencoder: Autoencoder | str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        take_paths(self)
         if self.codebook is None and (self.encoding is None or self.patch_bytes is None):
             raise InputError(
                 "other codes need --encoding and --bytes, how many a patch is to take, or a "

@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from latentds.core.paths import take_paths
 from latentds.core.storage import check_regular
 from latentds.errors import InputError
 
@@ -130,8 +131,7 @@ class SourceOptions(CutOptions):
     """Where the input lies, if `source` is a copy whose slides are filled from there."""
 
     def __post_init__(self) -> None:
-        # A Path leaves hf:/ of hf://; sources.picture_rows.hub_id knows both.
-        object.__setattr__(self, "source", Path(self.source))
+        take_paths(self)
         self.take_magnification()
         self.check_cutting()
         self.check_files()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from latentds.core.paths import take_paths
 from latentds.errors import InputError
 from latentds.sources.cut_options import CutOptions, SourceOptions
 
@@ -169,7 +170,7 @@ class PatchInput(CutOptions, PatchSource):
     """Threads that read, decode and encode pictures. By default the number of cores, at most 16."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", Path(self.data))
+        take_paths(self)
         if not self.codec.strip():
             raise ValueError(f"codec is empty; {ORIGINAL!r} leaves pictures as they are")
         if self.keep_mb < 0:

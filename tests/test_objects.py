@@ -11,10 +11,12 @@ from latentds_tools import cli
 from PIL import Image
 
 from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
+from latentds.core.paths import location_of
 from latentds.errors import InputError, MissingExtraError
 from latentds.store.cache import CacheConfig
 from latentds.store.format import MANIFEST
-from latentds.store.object_store import UPLOADED, inside, location_of, open_location, upload
+from latentds.store.object_store import UPLOADED, inside, open_location, upload
 from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 
@@ -86,7 +88,10 @@ def test_denied_writing_is_told_without_secrets(shared_dataset, memory, monkeypa
 
 @pytest.mark.parametrize(
     ("typed", "location"),
-    [("s3://b/a", "s3://b/a"), (Path("s3://b/a/"), "s3://b/a"), ("/a/b", None), ("a:b", None)],
+    [
+        *(("s3://b/a", "s3://b/a"), (Path("s3://b/a/"), "s3://b/a"), ("/a/b", None), ("a:b", None)),
+        *((Path("file:///a/b"), "file:///a/b"), (Path("local:///a"), "local:///a")),
+    ],
 )
 def test_locations_survive_being_paths(typed, location):
     assert location_of(typed) == location
@@ -121,6 +126,23 @@ def test_convert_makes_a_set_at_a_location(pictures, memory, tmp_path, capsys):
         not list((tmp_path / "work").glob("*/data"))
         and len(codes_at("memory://bucket/made", tmp_path / "cache")) == 33
     )
+
+
+def test_a_location_of_files_is_where_its_path_says(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["convert", f"file://{pictures}", "--out", f"file://{tmp_path}/made", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*words, "--work", str(tmp_path / "work")])
+    assert len(ShardSet(tmp_path / "made")) == 33
+    assert f"file://{tmp_path}/made" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"pictures", "made", "work"}
+
+
+def test_a_program_is_told_that_sets_are_made_in_local_folders(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="^s3://bucket/set: make the set in a local folder, then"):
+        convert(ConvertConfig(source=pictures, out="s3://bucket/set", device="cpu"))
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
 
 
 @pytest.mark.slow

@@ -623,6 +623,7 @@ def test_settings_are_checked(options, message):
     [
         ("hf://datasets/a/b@main", "hf://datasets/a/b@main"),
         ("s3://b/c", "s3://b/c"),
+        ("file:///b/c", "file:///b/c"),
         ("a/b", "a/b"),
     ],
 )

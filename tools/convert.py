@@ -18,6 +18,7 @@ from latentds_tools.reports.commands import show
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.core.display import left_out_text, visible
+from latentds.core.paths import location_of
 from latentds.core.randomness import digest_of
 from latentds.errors import InputError
 
@@ -60,7 +61,7 @@ def convert_to(config: Config) -> dict[str, Any]:
     from latentds.conversion.converting import convert
     from latentds.edit.retrying import retry
     from latentds.store.format import MANIFEST
-    from latentds.store.object_store import location_of, refuse_taken, upload
+    from latentds.store.object_store import refuse_taken, upload
 
     started, location = time.perf_counter(), location_of(config.out)
     if config.retry:
@@ -89,7 +90,7 @@ def with_local_source(config: Config) -> Config:
     from latentds.sources.picture_rows import hub_id
     from latentds.sources.slide_ranges import make_hollow
     from latentds.store.cache import CacheConfig
-    from latentds.store.object_store import download, location_of
+    from latentds.store.object_store import download
     from latentds.store.transport import Transport
 
     location = location_of(config.source)
@@ -164,7 +165,6 @@ def planned_slides(config: Config, plan: Any) -> dict[str, Any]:
     from latentds.conversion.converting import slide_records
     from latentds.conversion.workdir import describe_left_out
     from latentds.core.storage import write_atomically
-    from latentds.store.object_store import location_of
 
     hide = config.hide if config.anonymize else None
     records = slide_records(plan, describe_left_out(plan.bad, {}, hide), hide)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.conversion.convert_config import ConvertConfig
+from latentds.core.paths import location_of
 from latentds.core.storage import exclusive_lock, naming, write_atomically
 from latentds.errors import InputError, Reason, UnusableError
 from latentds.store.format import MANIFEST, SHARD_PATTERN, SIDECARS
@@ -230,7 +231,9 @@ def differences(earlier: Any, now: Any, name: str = "") -> list[str]:
 
 def check_output(config: ConvertConfig) -> None:
     """InputError where --out holds what must not be touched."""
-    out = config.out
+    out, location = config.out, location_of(config.out)
+    if location is not None:
+        raise InputError(f"{location}: make the set in a local folder, then 'latentds upload' it")
     if config.source.resolve() in (out.resolve(), *out.resolve().parents):
         raise InputError(f"{out}: lies in the input folder {config.source}; choose another --out")
     if out.exists() and not out.is_dir():

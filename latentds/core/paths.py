@@ -1,4 +1,4 @@
-"""Paths as they are given: text where a Path is wanted."""
+"""Paths as they are given: text where a Path is wanted, locations in a Path that lost a slash."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+LOCATION = re.compile(r"([a-z][a-z0-9+]+):/+(.+)")
 PATH_FIELD = re.compile(r"\bPath\b")  # in a field's annotation, which is text or a type
+HOSTLESS = {"file", "local"}  # schemes after whose slashes a path begins and no host
 
 
 def take_paths(config: Any) -> None:
@@ -20,3 +22,10 @@ def take_paths(config: Any) -> None:
         is_one = isinstance(value, str | os.PathLike)
         taken = Path(value) if is_one else tuple(Path(each) for each in value)
         object.__setattr__(config, field.name, taken)
+
+
+def location_of(path: str | os.PathLike[str]) -> str | None:
+    """The location a path was typed as (pathlib makes s3:/bucket of s3://bucket), or None."""
+    found = LOCATION.fullmatch(Path(path).as_posix())
+    slashes = "///" if found and found[1] in HOSTLESS else "//"
+    return f"{found[1]}:{slashes}{found[2]}" if found else None

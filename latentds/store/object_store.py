@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,7 @@ from latentds.store.manifest import Manifest, read_manifest
 from latentds.store.transport import shown, unopenable
 
 UPLOADED = ".latentds/uploaded.json"  # beside the local set; never uploaded itself
-LOCATION = re.compile(r"([a-z][a-z0-9+]+):/+(.+)")
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
-
-
-def location_of(path: str | os.PathLike[str]) -> str | None:
-    """The location a path was typed as (pathlib makes s3:/bucket of s3://bucket), or None."""
-    found = LOCATION.fullmatch(str(path))
-    return f"{found[1]}://{found[2]}" if found else None
 
 
 def upload(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentds.core.paths import take_paths
+from latentds.core.paths import location_of, take_paths
 from latentds.errors import InputError
 from latentds.sources.cut_options import CutOptions, SourceOptions
 
@@ -183,10 +183,7 @@ class PatchInput(CutOptions, PatchSource):
     @property
     def location(self) -> str:
         """The input as text; a Path has taken one of the slashes of s3:// and hf://."""
-        scheme, colon, rest = self.data.as_posix().partition(":/")
-        is_address = bool(colon) and scheme.isalnum() and len(scheme) > 1
-        slashes = "///" if scheme == "file" else "//"
-        return f"{scheme}:{slashes}{rest.lstrip('/')}" if is_address else str(self.data)
+        return location_of(self.data) or str(self.data)
 
     def source_options(self) -> SourceOptions:
         """What the originals are opened with; InputError for settings that cannot be."""

@@ -29,7 +29,7 @@ LINES = {
     "latentds/autoencoders": 2_020,
     "latentds/codecs": 1_210,
     "latentds/conversion": 2_530,
-    "latentds/core": 1_290,
+    "latentds/core": 1_300,
     "latentds/edit": 2_630,
     "latentds/embedders": 1_990,
     "latentds/evaluation": 4_710,

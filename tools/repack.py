@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from latentds_tools.reports.commands import check_ranges, picked, show
+from latentds_tools.reports.commands import picked, show
 
+from latentds.core.config_fields import check_ranges
 from latentds.core.display import say
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from latentds.core.config_fields import check_ranges
 from latentds.errors import InputError
 from latentds.quantizers.scalar_fit import KindName, check_kind
 from latentds.sources.cut_options import SourceOptions
@@ -174,13 +175,13 @@ class ConvertConfig(SourceOptions, CodeOptions):
                 object.__setattr__(self, name, value)
         super().__post_init__()
         self.check_codes()
-        self.check_limits({
-            "levels": (2, 256), "pack_size": (1, 65536), "shard_mb": (1, 65536),
-            "encode_batch": (1, 65536), "bytes": (16, 1 << 20), "refine": (0, 256),
-            "fit_patches": (1, 10**7), "workers": (1, 256), "max_bad": (0, 10**9),
-            "mix": (2, 10**6), "ray_workers": (1, 10**5),
-            "cpus_per_worker": (0.01, 1024),
-        })  # fmt: skip
+        check_ranges(
+            self,
+            levels=(2, 256), pack_size=(1, 65536), shard_mb=(1, 65536), encode_batch=(1, 65536),
+            bytes=(16, 1 << 20), refine=(0, 256), fit_patches=(1, 10**7), workers=(1, 256),
+            max_bad=(0, 10**9), mix=(2, 10**6), ray_workers=(1, 10**5),
+            cpus_per_worker=(0.01, 1024),
+        )  # fmt: skip
 
     def recorded(self) -> dict[str, Any]:
         """The options that decide about bytes: no path, no host, nothing of how fast."""

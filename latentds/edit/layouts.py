@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from latentds.core.config_fields import take_paths
 from latentds.core.display import csv_text
-from latentds.core.paths import take_paths
 from latentds.edit.arrays import ARRAY_SUFFIXES, LABELS, ArrayFile, read_npy, read_npy_header
 from latentds.edit.exporting import TABLE
 from latentds.errors import InputError

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.prepared import fitting, planes_of
-from latentds.core.paths import take_paths
+from latentds.core.config_fields import take_paths
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.loading.decoding import find_autoencoder
 from latentds.quantizers.additive_fit import fit_additive

@@ -8,13 +8,13 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from latentds.core.paths import take_paths
+from latentds.core.config_fields import check_ranges, take_paths
 from latentds.core.storage import check_regular
 from latentds.errors import InputError
 
@@ -136,12 +136,12 @@ class SourceOptions(CutOptions):
         self.check_cutting()
         self.check_files()
         self.check_splits()
-        limits = {
+        check_ranges(
+            self,
             **{"patch_size": (8, 8192), "stride": (1, 8192), "max_px": (64, 2**34)},
             **{"seed": (0, 2**31), "min_tissue": (0, 1), "mpp_tolerance": (0, 0.5)},
             **{"mpp": (0.01, 100), "assume_mpp": (0.01, 100)},  # micrometres a pixel
-        }
-        self.check_limits(limits)
+        )
 
     def take_magnification(self) -> None:
         """Turn --magnification into --mpp, by which a run is known; InputError where both are."""
@@ -152,7 +152,7 @@ class SourceOptions(CutOptions):
                 f"--mpp {self.mpp:g} and --magnification {self.magnification:g}: give one of them "
                 f"(a magnification is --mpp {MAGNIFICATION_MPP:g} / magnification)"
             )
-        self.check_limits({"magnification": (0.1, 1000)})
+        check_ranges(self, magnification=(0.1, 1000))
         object.__setattr__(self, "mpp", MAGNIFICATION_MPP / self.magnification)
         object.__setattr__(self, "magnification", None)  # a copy with other settings has one, too
 
@@ -192,13 +192,6 @@ class SourceOptions(CutOptions):
             raise InputError(
                 f"--patient-pattern {self.patient_pattern!r} is no regular expression ({error})"
             ) from error
-
-    def check_limits(self, limits: Mapping[str, tuple[float, float]]) -> None:
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} {value} is not between {low} and {high}")
 
     @property
     def hide(self) -> Callable[[str], str]:

@@ -1,4 +1,4 @@
-"""What commands share: ranges of options, files not replaced unasked, results shown and written."""
+"""What commands share: bounds of options, files not replaced unasked, results shown and written."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from typing import Any
 
 from latentds.core.display import say
 from latentds.errors import InputError, unknown_name
-
-
-def check_ranges(config: object, **limits: tuple[float, float]) -> None:
-    """InputError where an option that is given lies outside its limits."""
-    for name, (low, high) in limits.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
 
 
 def check_least(config: object, **least: float) -> None:

@@ -1,4 +1,4 @@
-"""Paths as they are given: text where a Path is wanted, locations in a Path that lost a slash."""
+"""What a config is given: text for its paths, locations that lost a slash, numbers in limits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+
+from latentds.errors import InputError
 
 LOCATION = re.compile(r"([a-z][a-z0-9+]+):/+(.+)")
 PATH_FIELD = re.compile(r"\bPath\b")  # in a field's annotation, which is text or a type
@@ -22,6 +24,14 @@ def take_paths(config: Any) -> None:
         is_one = isinstance(value, str | os.PathLike)
         taken = Path(value) if is_one else tuple(Path(each) for each in value)
         object.__setattr__(config, field.name, taken)
+
+
+def check_ranges(config: object, **limits: tuple[float, float]) -> None:
+    """InputError where an option that is given lies outside its limits."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
 
 
 def location_of(path: str | os.PathLike[str]) -> str | None:

@@ -15,6 +15,7 @@ from latentds.core import storage
 from latentds.edit.arrays import read_npy_header
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.evaluation.features.feature_files import FeatureFile
+from latentds.sources import source
 from latentds.sources.coordinates import read_coordinates
 from latentds.sources.csv_tables import read_table
 from latentds.sources.image_folder import picture_suffixes, walk
@@ -22,6 +23,7 @@ from latentds.sources.parquet_files import has_pictures, read_footer
 from latentds.sources.picture_files import read_header
 from latentds.sources.picture_tables import read_table as read_picture_table
 from latentds.sources.tars import tar_members
+from tests.conftest import save_pictures
 
 ROOT = Path(__file__).parents[1]
 READERS = {
@@ -94,6 +96,18 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, name, kind):
         path.symlink_to(tmp_path / "pipe")
     with pytest.raises(InputError, match="named pipe|device"):
         READERS[name](path)
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(3, 3), (64, 16), (None, 1)])
+def test_headers_are_read_by_as_many_threads_as_help_says(tmp_path, monkeypatch, cores, threads):
+    asked, executor = [], source.ThreadPoolExecutor
+    monkeypatch.setattr(
+        source, "ThreadPoolExecutor", lambda count, **o: asked.append(count) or executor(count, **o)
+    )
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    save_pictures(tmp_path / "in", 2)
+    make_plan(ConvertConfig(source=tmp_path / "in", out=tmp_path / "out"))
+    assert asked == [threads]
 
 
 def test_a_folder_with_a_pipe_or_a_socket_is_refused_by_its_name(tmp_path):

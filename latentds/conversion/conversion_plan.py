@@ -180,7 +180,7 @@ def read_headers(
 
     bar = progress(total=len(pictures), desc="headers", unit="file")
     outcomes: list[Header | InputError] = []
-    with bar, contextlib.closing(PatchReader(source, config.workers or 8)) as reader:
+    with bar, contextlib.closing(PatchReader(source, config.workers)) as reader:
         for outcome in reader.headers(pictures):
             outcomes.append(outcome)
             bar.update()

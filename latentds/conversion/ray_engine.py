@@ -15,7 +15,7 @@ import torch
 
 from latentds.conversion.conversion_plan import PlannedShard, check_budget
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.shard_writing import MAX_WORKERS, Conversion, WriteShards, patches_bar
+from latentds.conversion.shard_writing import Conversion, WriteShards, patches_bar
 from latentds.conversion.work_units import (
     Job,
     Node,
@@ -35,6 +35,7 @@ from latentds.conversion.work_units import (
 )
 from latentds.conversion.workdir import LeftOut, by_region
 from latentds.errors import InputError, first_words, missing_extra
+from latentds.sources.source import MAX_WORKERS
 
 try:
     import ray

@@ -8,7 +8,6 @@ without TF32, by deterministic kernels. Blocks are written in a thread of their 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,7 +40,6 @@ BACKLOG = 4  # blocks encoded and not yet written
 NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 # A source, some of its regions, and what became of each.
 Task = tuple[str, list[tuple[int, int]], Future[list[Patch | InputError]]]
-MAX_WORKERS = 16  # decode threads where --workers is not given
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,8 +68,7 @@ class PlanReader:
         self.plan, self.config = plan, config
         self.ahead = 0 if choose_device(config.device).type == "cpu" else CHUNKS_AHEAD
         self.hide = config.hide if config.anonymize else None
-        workers = config.workers or min(MAX_WORKERS, os.cpu_count() or 1)
-        self.reader = PatchReader(plan.source, workers)
+        self.reader = PatchReader(plan.source, config.workers)
         self.collator = ThreadPoolExecutor(1, thread_name_prefix="collate")
 
     def chunks(self, groups: Iterable[np.ndarray]) -> Iterator[Chunk]:

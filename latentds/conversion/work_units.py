@@ -19,7 +19,6 @@ from latentds.conversion.conversion_plan import Plan, PlannedShard
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.prepared import versions
 from latentds.conversion.shard_writing import (
-    MAX_WORKERS,
     Conversion,
     Encoder,
     PlanReader,
@@ -32,7 +31,7 @@ from latentds.core.storage import exclusive_lock, sha256_file
 from latentds.errors import ContractError, InputError, LatentdsError
 from latentds.sources.picture import Header, Picture
 from latentds.sources.picture_rows import hub_id
-from latentds.sources.source import Source
+from latentds.sources.source import MAX_WORKERS, Source
 from latentds.store.format import Contract
 
 Node = dict[str, Any]  # CPU, GPU: how many it has

@@ -31,6 +31,7 @@ FOLDER_IMG, TILES = "img/", "tiles"  # marks: a folder of that name, files named
 ARCHIVES = (".tar", ".parquet")
 Value = TypeVar("Value")
 HEADERS_AT_ONCE = 4096  # a task is larger than a header
+MAX_WORKERS = 16  # threads that read where --workers is not given
 TASK_REGIONS = 4  # of a picture or slide that a thread reads at a time
 
 
@@ -270,6 +271,11 @@ class Kept(Generic[Value]):
             self.futures.pop(name, None)
 
 
+def count_workers(workers: int | None) -> int:
+    """Threads that read: as many as asked for, else the number of cores, at most MAX_WORKERS."""
+    return workers or min(MAX_WORKERS, os.cpu_count() or 1)
+
+
 class PatchReader:
     """Reads for whoever wants pixels: conversions, patch sets, originals of a data set.
 
@@ -277,9 +283,9 @@ class PatchReader:
     does. The order is that asked for, whatever the number of threads.
     """
 
-    def __init__(self, source: Source, workers: int) -> None:
+    def __init__(self, source: Source, workers: int | None) -> None:
         self.source = source
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="originals")
+        self.pool = ThreadPoolExecutor(count_workers(workers), thread_name_prefix="originals")
 
     def headers(self, pictures: Sequence[Picture]) -> Iterator[Header | InputError]:
         """The header of every picture, or why it has none."""

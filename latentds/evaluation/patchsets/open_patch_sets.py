@@ -54,10 +54,11 @@ from latentds.evaluation.patchsets.patch_set import (
     given_settings,
 )
 from latentds.evaluation.patchsets.patches import PatchSet
-from latentds.evaluation.patchsets.picture_patches import Pictures, count_workers, open_pictures
+from latentds.evaluation.patchsets.picture_patches import Pictures, open_pictures
 from latentds.loading.decoding import find_autoencoder
 from latentds.quantizers.codebooks import ChannelStatistics, rounded
 from latentds.sources.picture_rows import hub_id
+from latentds.sources.source import count_workers
 from latentds.store.channel_statistics import channel_statistics
 from latentds.store.format import MANIFEST
 

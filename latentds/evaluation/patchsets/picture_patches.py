@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from latentds.store.format import sorted_names
 from latentds.store.pack_columns import decode_mask, no_mask
 from latentds.store.patch_record import Patch, Place
 
-MAX_WORKERS = 16  # threads where --workers is not given
 SAMPLED_SLIDES = 16  # whose tissue is found to draw a sample of patches
 HASHED = 64  # pictures whose bytes are read, spread evenly over all
 READ_BYTES = 1 << 16  # of each, from its start
@@ -239,7 +237,7 @@ def open_pictures(config: PatchInput) -> Pictures:
         if config.split not in splits:
             raise unknown_name(f"split of {config.data}", config.split, splits)
         pictures = [picture for picture in pictures if picture.split == config.split]
-    reader = PatchReader(source, count_workers(config.workers))
+    reader = PatchReader(source, config.workers)
     opened = Pictures(options, source, pictures, classes, reader, None)
     if isinstance(source, Slides):
         if config.masks is not None:
@@ -247,10 +245,6 @@ def open_pictures(config: PatchInput) -> Pictures:
     else:
         opened.headers = read_headers(reader, pictures, opened.root)
     return opened
-
-
-def count_workers(workers: int | None) -> int:
-    return workers or min(MAX_WORKERS, os.cpu_count() or 1)
 
 
 def read_headers(reader: PatchReader, pictures: Sequence[Picture], root: Path) -> list[Header]:

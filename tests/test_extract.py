@@ -162,6 +162,33 @@ def test_another_extraction_in_the_folder_is_refused(small, tmp_path):
     assert {p.suffix for p in (tmp_path / "out").rglob("*.*g")} == {".jpg"}
 
 
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"split": "val"}, "split"),
+        ({"where": "label == 'stroma'"}, "where"),
+        ({"slides": ["a.2"]}, "slides"),
+    ],
+)
+def test_another_selection_is_not_mixed_into_the_folder(small, tmp_path, options, what):
+    extract(small, tmp_path / "out", autoencoder=MeanAutoencoder())
+    before = set((tmp_path / "out").rglob("*"))
+    asked = {"autoencoder": MeanAutoencoder()} | options
+    with pytest.raises(InputError, match=rf"\({what} differ\); choose another --out, or pass --ov"):
+        extract(small, tmp_path / "out", **asked)
+    assert set((tmp_path / "out").rglob("*")) == before
+    extract(small, tmp_path / "out", overwrite=True, **asked)
+    listed = {tmp_path / "out" / line["path"] for line in table(tmp_path / "out")}
+    assert set((tmp_path / "out").rglob("*.png")) == listed
+
+
+def test_the_same_slides_in_another_order_go_on(small, tmp_path):
+    names = ["a.2", "a.1"]
+    extract(small, tmp_path / "out", slides=names, autoencoder=MeanAutoencoder())
+    again = extract(small, tmp_path / "out", slides=names[::-1], autoencoder=MeanAutoencoder())
+    assert again["written"] == 0
+
+
 def test_foreign_folders_are_not_written_to(small, tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(InputError, match=r"not empty \(notes.txt\)"):

@@ -61,7 +61,9 @@ def extract(
     lock = out.with_name(f"{out.name}.lock")
     with exclusive_lock(lock):
         try:
-            begin(out, describe(shards, decoder, picture_format, quality), overwrite)
+            asked = {"split": split, "where": where, "slides": slides and sorted(set(slides))}
+            asked |= describe(shards, decoder, picture_format, quality)
+            begin(out, asked, overwrite)
             return write_pictures(shards, decoder, chosen, out, picture_format, quality)
         finally:
             lock.unlink()
@@ -104,7 +106,7 @@ def begin(out: Path, asked: dict[str, Any], overwrite: bool) -> None:
     if earlier == asked:
         return
     if earlier is not None:
-        changed = sorted(name for name in asked if asked[name] != earlier.get(name))
+        changed = sorted(name for name in asked if earlier.get(name, ...) != asked[name])
         if not overwrite:
             raise InputError(
                 f"{out}: holds pictures of another extraction ({', '.join(changed)} differ); "

@@ -21,6 +21,7 @@ from latentds.store.golden import latents_pixels
 from latentds.store.manifest import read_manifest
 from latentds.store.reader import ShardSet
 from latentds.store.verification import verify
+from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import CARD, MeanAutoencoder
 from tests.test_extract import table
 from tests.test_merge import codes_by_key, make_set
@@ -421,6 +422,24 @@ def test_a_table_that_leads_out_is_refused(tmp_path):
     path.write_text("\n".join(text))
     with pytest.raises(InputError, match=r"line 4: path '\.\./\.\./x\.npy' leads out"):
         bring(tmp_path / "npy", tmp_path / "out")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_a_table_that_a_spreadsheet_saved_keeps_places_and_splits(tmp_path, encoding, separator):
+    save_pictures(tmp_path / "in", 2)
+    names = sorted(path.name for path in (tmp_path / "in").glob("*.png"))
+    lines = [f"{name},s.1,{512 * n},7,0.25,test" for n, name in enumerate(names)]
+    (tmp_path / "in/own.csv").write_text("\n".join(["path,slide,x,y,mpp,split", *lines]))
+    convert_with_mean(tmp_path / "in/own.csv", tmp_path / "set")
+    export_npy(tmp_path / "set", tmp_path / "npy", latents=True)
+    path = tmp_path / "npy" / "table.csv"
+    path.write_text(path.read_text().replace(",", separator), encoding)
+    manifest = bring(tmp_path / "npy", tmp_path / "out")
+    rows = ShardSet(tmp_path / "out").patches[:]
+    places = sorted((int(row["x"]), int(row["y"]), float(row["mpp"])) for row in rows)
+    assert places == [(0, 7, 0.25), (512, 7, 0.25)]
+    assert manifest.splits == {"test": 2} and manifest.slides == ("s.1",)
 
 
 def test_an_empty_folder_is_refused(tmp_path):

@@ -196,8 +196,8 @@ def test_lists_pass_over_comments_and_empty_lines(tmp_path):
 
 
 def test_lists_that_are_no_text_are_refused(tmp_path):
-    (tmp_path / "gone.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="not UTF-8"):
+    (tmp_path / "gone.txt").write_bytes("s.1\ns.é\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"gone\.txt, line 2: byte 0xe9 is no UTF-8, perhaps"):
         read_slide_list(tmp_path / "gone.txt")
 
 

@@ -20,6 +20,15 @@ def listed(root: Path, **options):
     return list_source(open_source(config), config)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_of_sources_that_an_editor_marked_is_read_whole(tmp_path, encoding):
+    save_pictures(tmp_path / "in", 3)
+    names = sorted(path.name for path in (tmp_path / "in").iterdir())[:2]
+    (tmp_path / "only.txt").write_text("\n".join(names), encoding)
+    found = listed(tmp_path / "in", only=tmp_path / "only.txt")
+    assert [picture.source for picture in found.pictures] == names
+
+
 def picture_table(root: Path, columns: str, cells: list[str]) -> Path:
     """A table of a picture a row: its path, then these cells."""
     save_pictures(root, len(cells))

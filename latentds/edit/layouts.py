@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import logging
 import re
@@ -16,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from latentds.core.config_fields import take_paths
-from latentds.core.display import csv_text
 from latentds.edit.arrays import ARRAY_SUFFIXES, LABELS, ArrayFile, read_npy, read_npy_header
 from latentds.edit.exporting import TABLE
 from latentds.errors import InputError
+from latentds.sources.csv_tables import TextTable, read_table
 from latentds.sources.image_folder import (
     DEFAULT_SPLIT,
     Folders,
@@ -123,7 +122,7 @@ def list_latents(root: Path, options: ImportOptions) -> tuple[str, list[ForeignP
 
 def detect(base: Path, paths: Sequence[str]) -> str:
     """The layout of what lies there, by its file names and the first array's dimensions."""
-    if TABLE in paths and is_export(base):
+    if export_table(base, paths) is not None:
         return "npy"
     if any(PIXCELL.search(path) for path in paths):
         return "pixcell"
@@ -175,8 +174,11 @@ def list_zoomldm(base: Path, paths: list[str], options: ImportOptions) -> list[F
 
 def list_npy(base: Path, paths: list[str], options: ImportOptions) -> list[ForeignPatch]:
     """One npy a patch in [split/][class/[slide/]] folders, or as `latentds export` wrote them."""
-    if TABLE in paths and is_export(base):
-        return read_table(base)
+    if (table := export_table(base, paths)) is not None:
+        return [
+            table_patch(f"{table.path}, line {line}", row)
+            for line, row in zip(table.lines, table.rows, strict=True)
+        ]
     found = [path for path in paths if path.endswith(".npy")]
     rule = read_folders(base, found, options.labels, options.split_folders)
     for note in rule.notes:
@@ -189,42 +191,31 @@ def list_npy(base: Path, paths: list[str], options: ImportOptions) -> list[Forei
     ]
 
 
-def is_export(base: Path) -> bool:
-    """Whether table.csv is what `latentds export` writes, and no other kind of table."""
-    with (base / TABLE).open(newline="", encoding="utf-8") as file:
-        names = set(csv.DictReader(file).fieldnames or ())
-    return {"path", "split", "source", "codebook_id"} <= names
+def export_table(base: Path, paths: Sequence[str]) -> TextTable | None:
+    """The table.csv that `latentds export` wrote; None where there is none, or of another kind."""
+    table = read_table(base / TABLE) if TABLE in paths else None
+    is_own = table and {"path", "split", "source", "codebook_id"} <= set(table.columns)
+    return table if is_own else None
 
 
-def read_table(base: Path) -> list[ForeignPatch]:
-    with (base / TABLE).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        return [
-            table_patch(
-                base, {n: csv_text(v or "") for n, v in record.items() if n}, reader.line_num
-            )
-            for record in reader
-        ]
-
-
-def table_patch(base: Path, record: dict[str, Any], line: int) -> ForeignPatch:
+def table_patch(where: str, record: dict[str, str]) -> ForeignPatch:
     """The patch of a line; InputError where its path leads out or a number is none."""
-    path = PurePosixPath(record["path"] or "")
+    path = PurePosixPath(record["path"])
     if path.is_absolute() or ".." in path.parts or not path.name:
-        raise InputError(f"{base / TABLE}, line {line}: path {str(path)!r} leads out; refused")
-    source = PurePosixPath(record["source"] or "")
+        raise InputError(f"{where}: path {str(path)!r} leads out; refused")
+    source = PurePosixPath(record["source"])
     if source.is_absolute() or not source.name:  # where files lie on a machine is nobody's business
-        raise InputError(f"{base / TABLE}, line {line}: source {str(source)!r} is not relative")
+        raise InputError(f"{where}: source {str(source)!r} is not relative")
     known = {name: record[name] for name in ("x", "y", "mpp", "size_px") if record.get(name)}
-    numbers: dict[str, Any] = dict(numbers_of(f"{base / TABLE}, line {line}", known))
+    numbers: dict[str, Any] = dict(numbers_of(where, known))
     return ForeignPatch(
         source=record["source"],
         path=str(path),
         split=record["split"],
         label=record.get("label") or None,
         slide=record.get("slide") or None,
-        source_encoding=record.get("source_encoding") or "",
-        codebook_id=record.get("codebook_id") or "",
+        source_encoding=record.get("source_encoding", ""),
+        codebook_id=record["codebook_id"],
         **numbers,
     )
 

@@ -101,6 +101,15 @@ def rewrite(rows: list[dict[str, str]], column: str) -> None:
             row[column] = row[column].partition(".")[0]
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of other people's list, spaces around them and empty ones left out.
+
+    raises  InputError where it is no text
+    """
+    check_regular(path, str(path))
+    return [line.strip() for line in decoded(path).splitlines() if line.strip()]
+
+
 def text_lines(path: Path) -> list[tuple[int, list[str]]]:
     """Line numbers and cells of a file of text, the header first; empty lines left out."""
     text = decoded(path)
@@ -193,13 +202,3 @@ def write_table(
     writer.writerow(map(csv_cell, columns))
     writer.writerows(map(csv_cell, row) for row in rows)
     write_atomically(path, text.getvalue().encode())
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty, without spaces around and a byte order mark."""
-    check_regular(path, str(path))
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as such") from error
-    return [line.strip() for line in lines if line.strip()]

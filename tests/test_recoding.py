@@ -25,6 +25,7 @@ from latentds.store.verification import verify
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 from tests.test_encodings import latents_of
+from tests.test_repack import table_of
 from tests.test_tools import call
 
 LATENT_ID = MeanAutoencoder().card.latent_id
@@ -237,7 +238,7 @@ def other_decoder(out):
 
 def splits_that_lack_a_slide(out):
     recoding = Recoding(encoding="u8-sum", patch_bytes=32, autoencoder=MeanAutoencoder())
-    return Repacking(recoding=recoding, splits={"s.1": "train"})
+    return Repacking(recoding=recoding, splits=table_of({"s.1": "train"}))
 
 
 def taken_out(out):
@@ -249,7 +250,7 @@ def taken_out(out):
     ("wrong", "told"),
     [
         (other_decoder, "golden patches need the recorded one"),
-        (splits_that_lack_a_slide, r"have no split, first: 's\.2'"),
+        (splits_that_lack_a_slide, r"names neither slide 's\.2'"),
         (taken_out, "holds a finished data set"),
     ],
 )

@@ -1,16 +1,19 @@
 """repack: the same codes, columns and masks in other packs, order, splits; slides left out."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from latentds.edit.extracting import read_slide_list, read_splits
+from latentds.edit.extracting import read_slide_list
 from latentds.edit.merging import merge
 from latentds.edit.repacking import Repacking, repack
 from latentds.errors import FormatError, InputError, UnknownNameError
 from latentds.loading.loader import LatentLoader
+from latentds.sources.picture_tables import SlideTable, read_slide_table
 from latentds.store.composing import grouped
 from latentds.store.format import MANIFEST
 from latentds.store.golden import read_golden_table
@@ -21,6 +24,7 @@ from tests.bad_shards import first_shard, flip_bit
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 from tests.test_merge import codes_by_key, make_set
+from tests.test_tools import call
 
 COLUMNS = ("key", "label", "slide", "x", "y", "mpp", "size_px", "source", "source_encoding")
 
@@ -37,6 +41,11 @@ def slides(tmp_path_factory):
         save_pictures(root / "in" / split / "tumour" / slide, 7 + number, 100 * number)
     convert_with_mean(root / "in", root / "set", pack_size=4, order="path", mpp=0.5)
     return root / "set"
+
+
+def table_of(splits: dict[str, str]) -> SlideTable:
+    facts = {slide: {"split": split} for slide, split in splits.items()}
+    return SlideTable(Path("splits.csv"), "slide", facts, ())
 
 
 def rows_by_key(folder) -> dict[str, list]:
@@ -162,15 +171,36 @@ def test_splits_by_patient_keep_a_patients_slides_together(slides, tmp_path):
     lines = ["patient,split", "TCGA-AA-0001,fold_1", "TCGA-AA-0002,test", "TCGA-BB-0003,test",
              "TCGA-BB-0004,fold_1", "TCGA-ZZ-0009,train"]  # fmt: skip
     path.write_text("\n".join(lines))
-    by, splits = read_splits(path)
-    manifest = repack(slides, tmp_path / "out", Repacking(splits=splits, split_by=by))
+    manifest = repack(slides, tmp_path / "out", Repacking(splits=read_slide_table(path)))
     assert manifest.splits == {"fold_1": 7 + 8 + 11, "test": 9 + 10}
+    assert manifest.made["repacked"][-1]["splits_by"] == "patient"
     assert is_good(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        ",train,val,test\n0,TCGA-AA-0001-01Z.1,TCGA-AA-0002-01Z.1,TCGA-BB-0003-01Z.1\n"
+        "1,TCGA-AA-0001-02Z.1,,TCGA-BB-0004-01Z.1\n",
+        "slide_id,split\nTCGA-AA-0001-01Z.1.svs,Train\nTCGA-AA-0001-02Z.1,training\n"
+        "TCGA-AA-0002-01Z.1,valid\nTCGA-BB-0003-01Z.1,TEST\nTCGA-BB-0004-01Z.1,testset\n",
+    ],
+    ids=["clam", "words"],
+)
+def test_a_table_of_splits_means_what_it_means_to_convert(slides, tmp_path, capsys, text):
+    (tmp_path / "splits_0.csv").write_text(text)
+    words = ["--splits", tmp_path / "splits_0.csv", "--json"]
+    code, out, _ = call(capsys, "repack", slides, "--out", tmp_path / "out", *words)
+    assert code == 0
+    assert json.loads(out)["splits"] == {"test": 10 + 11, "train": 7 + 8, "val": 9}
+    whole = slides.parent / "in"
+    again = convert_with_mean(whole, tmp_path / "converted", splits=tmp_path / "splits_0.csv")
+    assert again.splits == json.loads(out)["splits"]
+
+
 def test_a_slide_without_a_split_is_named(slides, tmp_path):
-    splits = {"TCGA-AA-0001-01Z.1": "train"}
-    with pytest.raises(InputError, match=r"4 names of a slide have no split.*TCGA-AA-0001-02Z\.1"):
+    splits = table_of({"TCGA-AA-0001-01Z.1": "train"})
+    with pytest.raises(InputError, match=r"names neither slide 'TCGA-AA-0001-02Z\.1' nor its pat"):
         repack(slides, tmp_path / "out", Repacking(splits=splits))
     assert not (tmp_path / "out").exists()
 
@@ -178,16 +208,17 @@ def test_a_slide_without_a_split_is_named(slides, tmp_path):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("name,split\na,b\n", "it needs slide or patient"),
-        ("slide,split\ns.1,Train!\n", "line 2.*'Train!'"),
-        ("slide,split\ns.1,train\ns.1,val\n", "line 3.*'s.1' is in 'train' too"),
-        ("slide,split\n,train\n", "line 2"),
+        ("who,split\na,b\n", "needs a column slide or patient"),
+        ("slide,split\ns.1,train\ns.1,val\n", "line 3: s.1 is there twice"),
+        ("slide,split\n,train\n", "line 2: no slide"),
+        ("slide,label\nTCGA-AA-0001-01Z.1,a\n", "no split of slide 'TCGA-AA-0001-01Z.1'"),
     ],
 )
-def test_bad_split_lists_are_refused_with_their_line(tmp_path, text, match):
+def test_bad_split_lists_are_refused_with_their_line(slides, tmp_path, capsys, text, match):
     (tmp_path / "splits.csv").write_text(text)
-    with pytest.raises(InputError, match=match):
-        read_splits(tmp_path / "splits.csv")
+    words = ["--out", tmp_path / "out", "--splits", tmp_path / "splits.csv"]
+    code, _, err = call(capsys, "repack", slides, *words)
+    assert code == 1 and re.search(match, err)
 
 
 def test_lists_pass_over_comments_and_empty_lines(tmp_path):
@@ -252,7 +283,6 @@ def test_loader_reads_the_result(slides, tmp_path):
 
 
 def test_command_says_what_it_did(slides, tmp_path, capsys):
-    from tests.test_tools import call
 
     (tmp_path / "gone.txt").write_text("TCGA-AA-0002-01Z.1\n")
     words = ["--out", tmp_path / "out", "--exclude-slides", tmp_path / "gone.txt", "--json"]
@@ -262,7 +292,7 @@ def test_command_says_what_it_did(slides, tmp_path, capsys):
 
 
 def test_a_split_that_no_shard_can_be_named_after_is_refused(slides, tmp_path):
-    splits = dict.fromkeys(read_manifest(slides).slides, "../Train")
+    splits = table_of(dict.fromkeys(read_manifest(slides).slides, "../Train"))
     with pytest.raises(InputError, match=r"split '\.\./Train'"):
         repack(slides, tmp_path / "out", Repacking(splits=splits))
 

@@ -38,7 +38,8 @@ class Config:
     exclude_slides: Path | None = None
     """Text file of the slides to leave out, one name a line."""
     splits: Path | None = None
-    """CSV of slide,split or patient,split, in place of the old splits."""
+    """CSV that assigns slides to splits, in place of the old ones, as 'latentds convert --splits'
+    reads it: columns slide or patient, and split; or CLAM's splits_0.csv."""
     shard_mb: int = 256
     """Size of a shard in MB of codes."""
     encoding: Literal["u8-sum", "rans"] | None = None
@@ -85,20 +86,16 @@ def run(config: Config) -> None:
 
 def options(config: Config) -> Any:
     """What is to be different, lists read."""
-    from latentds.edit.extracting import read_slide_list, read_splits
+    from latentds.edit.extracting import read_slide_list
     from latentds.edit.repacking import Repacking
+    from latentds.sources.picture_tables import read_slide_table
 
     check_ranges(
         config, pack_size=(1, 65536), shard_mb=(1, 65536), seed=(0, 2**31), bytes=(16, 1 << 20)
     )
-    split_by: Literal["slide", "patient"] = "slide"
-    splits: dict[str, str] | None = None
-    if config.splits:
-        split_by, splits = read_splits(config.splits)
     return Repacking(
         exclude_slides=read_slide_list(config.exclude_slides) if config.exclude_slides else (),
-        splits=splits,
-        split_by=split_by,
+        splits=read_slide_table(config.splits, use_labels=False) if config.splits else None,
         shard_bytes=config.shard_mb * 1_000_000,
         recoding=recoding(config),
         **picked(config, "pack_size", "group_by", "order", "seed"),

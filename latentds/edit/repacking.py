@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +19,17 @@ from latentds.core.storage import write_atomically
 from latentds.edit.outputs import check_new, local_folder, new_data_set
 from latentds.edit.recoding import Recoder, Recoding
 from latentds.errors import InputError, unknown_name
-from latentds.sources.names import patient_of
+from latentds.sources.picture import Picture
+from latentds.sources.picture_tables import SlideTable, apply_slide_table
 from latentds.store.composing import SHARD_BYTES, Composer, Part, complete
-from latentds.store.format import GOLDEN, MASKS, PATCHES
+from latentds.store.format import GOLDEN, MASKS, PATCHES, SPLIT_PATTERN
 from latentds.store.golden import read_golden_table, renumbered
 from latentds.store.manifest import Manifest
 from latentds.store.packs import MASK_SCHEMA, SCHEMA, decode_table, encode_table
 from latentds.store.reader import ShardSet
 from latentds.store.slide_records import join_slide_records, read_slide_records
 
+logger = logging.getLogger(__name__)
 # Arrow's own strings end at 2 GB a column, which some 30 million source paths fill.
 LARGE = pa.schema(
     [(field.name, pa.large_string() if field.name == "source" else field.type) for field in SCHEMA]
@@ -41,7 +44,7 @@ class Repacking:
     group_by        "slide": all patches of a slide as one pack, slides by name
     order           "shuffle" by the seed, "path" (by source path, then y and x), "stored"
     exclude_slides  names of slides whose patches are left out
-    splits          split of every slide, or of every patient (`split_by`), instead of the old ones
+    splits          split of every slide or patient, instead of the old ones
     shard_bytes     of codes a shard
     recoding        other codes, made of the stored latents; None keeps every code
     """
@@ -51,8 +54,7 @@ class Repacking:
     order: Literal["shuffle", "path", "stored"] = "shuffle"
     seed: int = 0
     exclude_slides: Sequence[str] = ()
-    splits: Mapping[str, str] | None = None
-    split_by: Literal["slide", "patient"] = "slide"
+    splits: SlideTable | None = None
     shard_bytes: int = SHARD_BYTES
     recoding: Recoding | None = None
 
@@ -61,7 +63,7 @@ class Repacking:
         options = {n: getattr(self, n) for n in ("pack_size", "group_by", "order", "seed")}
         return options | {
             "excluded_slides": len(set(self.exclude_slides)),
-            "splits_by": self.split_by if self.splits is not None else None,
+            "splits_by": None if self.splits is None else self.splits.by,
         }
 
 
@@ -152,8 +154,7 @@ def divide(shards: ShardSet, rows: np.ndarray, options: Repacking) -> list[Stret
         starts = [shards.patch_range(name)[0] for name in names]
         split_of = np.searchsorted(starts, rows, side="right") - 1
     else:
-        names = sorted(set(options.splits.values()))
-        split_of = listed_splits(shards, rows, options, names)
+        names, split_of = listed_splits(shards, rows, options.splits)
     books = shards.codebook_numbers(rows)
     stretches = []
     for split in np.unique(split_of).tolist():
@@ -164,26 +165,25 @@ def divide(shards: ShardSet, rows: np.ndarray, options: Repacking) -> list[Stret
 
 
 def listed_splits(
-    shards: ShardSet, rows: np.ndarray, options: Repacking, names: Sequence[str]
-) -> np.ndarray:
-    """Number of each row's split by the list; InputError for a slide that is not on it."""
-    listed, by = options.splits or {}, options.split_by
-    slides = shards.manifest.slides
-    known = [slide if by == "slide" else patient_of(slide) for slide in slides]
+    shards: ShardSet, rows: np.ndarray, table: SlideTable
+) -> tuple[list[str], np.ndarray]:
+    """Splits by name, and the number of each row's; InputError for a slide that has none."""
     numbers = shards.patches[rows]["slide"]
     if (numbers < 0).any():
         raise InputError(f"{shards.folder}: {(numbers < 0).sum()} patches have no slide; splits by "
-                         f"{by} need one")  # fmt: skip
-    missing = sorted({known[n] for n in np.unique(numbers).tolist()} - listed.keys())
-    if missing:
-        raise InputError(
-            f"{shards.folder}: {len(missing)} names of a {by} have no split, first: "
-            f"{missing[0]!r}; add them to the list, or exclude their slides"
-        )
-    place = {name: index for index, name in enumerate(names)}
-    lookup = np.array([place.get(listed.get(name, ""), -1) for name in known], np.int64)
-    found: np.ndarray = lookup[numbers]
-    return found
+                         f"{table.by} need one")  # fmt: skip
+    present, place_of = np.unique(numbers, return_inverse=True)
+    slides = [shards.manifest.slides[number] for number in present.tolist()]
+    pictures = [Picture(slide, "", slide=slide) for slide in slides]
+    placed, notes = apply_slide_table(pictures, table, is_split_file=True)
+    for note in notes:
+        logger.info("%s", note)
+    bad = next((one for one in placed if not SPLIT_PATTERN.fullmatch(one.split)), None)
+    if bad:
+        raise InputError(f"{table.path}: split {bad.split!r} of {bad.slide}; use [a-z0-9_] only")
+    names = sorted({one.split for one in placed})
+    split_of = np.array([names.index(one.split) for one in placed])
+    return names, split_of[place_of]
 
 
 def arrange(

@@ -19,7 +19,12 @@ from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.picture_layouts import SamPathFolder, TileTree
 from latentds.sources.picture_rows import HubDataset, PictureParquet, SavedDataset
-from latentds.sources.picture_tables import ListedSlides, PictureTable, apply_slide_table
+from latentds.sources.picture_tables import (
+    ListedSlides,
+    PictureTable,
+    apply_slide_table,
+    read_slide_table,
+)
 from latentds.sources.picture_tars import PictureTars, TileTars
 from latentds.sources.slide_names import some
 from latentds.sources.slides import Slides
@@ -65,11 +70,10 @@ def list_source(source: Source, options: SourceOptions) -> Listing:
     pictures = listing.pictures
     if options.only is not None:
         pictures = choose(pictures, options)
-    table, notes = options.splits or options.slide_table, source.notes + listing.notes
-    if table is not None:
-        pictures, told = apply_slide_table(
-            pictures, table, use_labels=options.labels, is_split_file=options.splits is not None
-        )
+    path, notes = options.splits or options.slide_table, source.notes + listing.notes
+    if path is not None:
+        table = read_slide_table(path, options.labels)
+        pictures, told = apply_slide_table(pictures, table, options.splits is not None)
         notes += told
     if options.split_patients is not None:
         pictures, told = deal_patients(pictures, options)

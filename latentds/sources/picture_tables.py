@@ -172,13 +172,12 @@ def clam_parts(table: TextTable) -> dict[str, Facts]:
 
 
 def apply_slide_table(
-    pictures: Sequence[Picture], path: Path, *, use_labels: bool, is_split_file: bool
+    pictures: Sequence[Picture], table: SlideTable, is_split_file: bool
 ) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
     """The pictures with what the table says of their slide or patient, and notes for people.
 
     is_split_file  whether every picture needs a split in it: InputError for one that has none
     """
-    table = read_slide_table(path, use_labels)
     index = NameIndex(list(table.facts))
     changed, places, bare = [], dict[tuple[str | None, ...], int | None](), dict[str, None]()
     for picture in pictures:
@@ -188,15 +187,18 @@ def apply_slide_table(
         place = places[key]
         facts = table.facts[index.names[place]] if place is not None else {}
         if is_split_file and "split" not in facts:
-            what = "no split of" if facts else "names neither"
-            raise InputError(f"{path}: {what} slide {picture.slide!r} nor its patient")
+            what = "names neither" if place is None else "no split of"
+            raise InputError(
+                f"{table.path}: {what} slide {picture.slide!r} nor its patient; add it to the "
+                "table, or leave the slide out"
+            )
         if not facts:
             bare[picture.slide or picture.source] = None
         changed.append(dataclasses.replace(picture, **facts))
     seen = {place for place in places.values() if place is not None}
     lost = [name for place, name in enumerate(index.names) if place not in seen]
     told = {"slides are not in it": list(bare), "of its rows are of no slide here": lost}
-    notes = [f"{path.name}: {len(names):,} {words}: {some(names)}"
+    notes = [f"{table.path.name}: {len(names):,} {words}: {some(names)}"
              for words, names in told.items() if names]  # fmt: skip
     return tuple(changed), (*table.notes, *notes)
 

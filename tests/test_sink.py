@@ -176,6 +176,10 @@ def test_parts_that_are_missing_or_unfinished_are_named(tmp_path):
         (image(0), {"mpp": 0.0}, "mpp is 0.0; 0.01 to 100"),
         (image(0), {"mpp": float("nan")}, "mpp is nan"),
         (image(0), {"label": 3}, "label is 3; a name as text"),
+        (image(0), {"slide": "S\udcff"}, r"slide 'S\\udcff' is not UTF-8; decode it"),
+        (image(0), {"source": "\udcff.png"}, r"source '\\udcff.png' is not UTF-8"),
+        (image(0), {"label": "\ud800"}, r"label '\\ud800' is not UTF-8"),
+        (image(0), {"label": "TUM"}, "some patches of split 'train' have a label, others none"),
         (image(0), {"split": "Train"}, "split 'Train'"),
         (np.stack([image(1), image(2)]), {"x": [1, 2, 3]}, "x: 3 values for 2 images"),
         (np.stack([image(1), image(2)]), {"x": [7, 7]}, "'S_x7_y0' is given twice"),
@@ -189,6 +193,50 @@ def test_what_cannot_be_is_refused_and_nothing_is_lost(tmp_path, images, words, 
     assert len(out) == 1
     add(out, range(1, 4))
     assert out.close().patches == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["TUM", None], "of split 'train' have a label, others none; give all of a split one, or"),
+        (["TUM", "tum"], "classes 'TUM' and 'tum' differ in case"),
+    ],
+)
+def test_labels_that_no_set_can_have_are_refused_when_they_are_added(tmp_path, labels, message):
+    out = writer(tmp_path / "set")
+    add(out, range(4), label=labels[0])
+    with pytest.raises(InputError, match=message):
+        add(out, [4], label=labels[1])
+    images = np.stack([image(5), image(6)])
+    with pytest.raises(InputError, match=message.replace("train", "val")):
+        out.add(images, slide="S", x=[5, 6], y=0, label=labels, split="val")
+    add(out, [7], split="test")  # a whole split may have none
+    assert out.close().labels() == {"TUM": 4} and len(out) == 5
+
+
+def test_labels_of_some_patches_can_be_left_out_of_the_set(tmp_path):
+    out = writer(tmp_path / "set", split_patients="train=0.5,test=0.5")
+    for number, label in enumerate(["TUM", None] * 4):
+        split = "val" if label is None else "train"
+        out.add(image(number), slide=f"TCGA-AA-000{number}", x=0, y=0, label=label, split=split)
+    with pytest.raises(InputError, match="give them one when they are added, or pass --no-labels"):
+        out.close()
+    manifest = writer(tmp_path / "set", labels=False).close()
+    assert manifest.patches == 8 and manifest.classes == ()
+
+
+def test_a_name_that_no_table_can_hold_is_told_before_its_pixels_are_read(tmp_path):
+    out = writer(tmp_path / "set")
+    with pytest.raises(InputError, match=r"slide 'S\\udcff' is not UTF-8"):
+        out.has(slide="S\udcff", x=0, y=0)
+    out.leave()
+
+
+def test_with_labels_left_out_any_are_taken(tmp_path):
+    out = writer(tmp_path / "set", labels=False)
+    for number, label in enumerate(["TUM", None, "tum", "STR"]):
+        add(out, [number], label=label)
+    assert out.close().classes == ()
 
 
 def test_a_patch_that_was_kept_otherwise_is_refused(tmp_path):

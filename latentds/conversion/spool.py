@@ -91,11 +91,15 @@ def checked(
 
 
 def text_of(word: str, value: Any) -> str | None:
-    """A name, None for none; InputError for what is no text."""
+    """A name, None for none; InputError for what is no text, or none that a table can hold."""
     if value is None:
         return None
     if not isinstance(value, str) or not value:
         raise InputError(f"{word} is {value!r}; a name as text, or None")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # of os.fsdecode, for a file's name in another encoding
+        raise InputError(f"{word} {value!r} is not UTF-8; decode it as what it is") from error
     return str(value)
 
 
@@ -188,9 +192,11 @@ class SpooledPatches(Source):
     """The patches of a spool, a picture each, in the order given."""
 
     kind = "patches of another program"
+    labels_lie = "when they are added"
 
-    def __init__(self, spool: Spool) -> None:
+    def __init__(self, spool: Spool, has_labels: bool = True) -> None:
         assert spool.patch_px is not None
+        self.has_labels = has_labels
         self.path, self.size_px = spool.folder / PIXELS, spool.patch_px
         self.given = list(spool.given.values())
         self.rows = {key: row for row, key in enumerate(spool.given)}
@@ -198,7 +204,9 @@ class SpooledPatches(Source):
     def listing(self) -> Listing:
         return Listing(
             tuple(
-                Picture(key, one.split, one.label, one.slide, mpp=one.mpp)
+                Picture(
+                    key, one.split, one.label if self.has_labels else None, one.slide, mpp=one.mpp
+                )
                 for key, one in zip(self.rows, self.given, strict=True)
             )
         )

@@ -16,21 +16,29 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
-from latentds.conversion.spool import RECORDS, Given, Spool, SpooledPatches, checked, spread
+from latentds.conversion.spool import (
+    RECORDS,
+    Given,
+    Spool,
+    SpooledPatches,
+    checked,
+    spread,
+    text_of,
+)
 from latentds.core.extras import check_extras
 from latentds.core.processes import choose_device
 from latentds.edit.merging import merge
 from latentds.edit.outputs import check_apart, refuse_foreign
 from latentds.errors import InputError, ShapeError
 from latentds.sources.cut_options import CutOptions
-from latentds.store.format import MANIFEST, SIDECARS, patch_key
+from latentds.store.format import MANIFEST, SIDECARS, alike_names, patch_key
 from latentds.store.manifest import Manifest, read_manifest
 
 EDGES_PX = (8, 8192)
 # The patches are cut already, and say themselves what folders would.
 NOT_HERE = {field.name for field in dataclasses.fields(CutOptions)} - {"splits", "only"}
 NOT_HERE |= {"regions", "label_from"}
-NOT_HERE |= {"source", "out", "labels", "split_folders", "masks", "preset", "enlarge"}
+NOT_HERE |= {"source", "out", "split_folders", "masks", "preset", "enlarge"}
 
 
 class Writer:
@@ -53,7 +61,7 @@ class Writer:
                  when this one is encoded
     options      of ConvertConfig, such as order="path" (the order given; shuffled by default),
                  device, codebook, bytes, pack_size, shard_mb, seed, splits, split_patients,
-                 anonymize
+                 anonymize, labels=False (labels that were given are left out)
     raises       InputError for a set or a foreign folder that is there, another process that
                  writes it, options that say how pictures are cut; what `load_autoencoder` raises
     """
@@ -88,6 +96,7 @@ class Writer:
             self.autoencoder = autoencoder
         self.spool = Spool(spool, is_anew=overwrite)
         self.now: set[str] = set()  # keys that this process gave
+        self.labels = {(one.split, one.label) for one in self.spool.given.values()}
         self.is_open = True
         self.manifest: Manifest | None = None
 
@@ -112,7 +121,7 @@ class Writer:
         slide       name; source, the file it came from (relative), is the slide where not given
         x, y        left and top edge in pixels of level 0; size_px  width there; mpp  micrometres a
                     pixel of the image
-        label       class name; split  train, val, test, ...
+        label       class name, of all patches of a split or of none; split  train, val, test, ...
         encoding    how the source is coded, such as jpeg:q=75:4:2:0, where it is known
         The words are those of all images, or sequences of N. Source, x and y name a patch.
         raises      InputError for values that cannot be, a patch that was given before, or that was
@@ -131,6 +140,7 @@ class Writer:
                           **{name: column[row] for name, column in columns.items()})  # fmt: skip
             self.check_new(one, given)
             given[one.key] = one
+        self.check_labels({(one.split, one.label) for one in given.values()})
         for (key, one), image in zip(given.items(), pixels, strict=True):
             if key not in self.spool.given:
                 self.spool.append(one, image)
@@ -141,7 +151,8 @@ class Writer:
         source: str | None = None,
     ) -> bool:  # fmt: skip
         """Whether a patch is kept already, from this run or an earlier one: it need not be read."""
-        return patch_key(source or slide or "", x, y) in self.spool.given
+        name = text_of("source", source) or text_of("slide", slide) or ""
+        return patch_key(name, x, y) in self.spool.given
 
     def __len__(self) -> int:
         return len(self.spool.given)
@@ -149,14 +160,15 @@ class Writer:
     def close(self) -> Manifest:
         """Encode what was added, finish the set; returns its manifest.
 
-        raises  InputError where nothing was added; what `convert` raises. What was added is kept.
+        raises  InputError where nothing was added; what `convert` raises. What was added is kept:
+                `Writer(out, ...).close()` with other options encodes it
         """
         if self.manifest is not None:
             return self.manifest
         self.leave()
         if not self.spool.given:
             raise InputError(f"{self.out}: no patch was added; there is no set to make")
-        source = SpooledPatches(self.spool)
+        source = SpooledPatches(self.spool, self.config.labels)
         self.manifest = convert(self.config, self.autoencoder, source)
         shutil.rmtree(self.spool.folder)
         return self.manifest
@@ -202,6 +214,24 @@ class Writer:
                 f"{differ[0].replace('crc32', 'pixels')}; give it as before, or pass "
                 "overwrite=True to start anew"
             )
+
+    def check_labels(self, given: set[tuple[str, str | None]]) -> None:
+        """Refuse splits with their labels that no set can have beside those before."""
+        labels, has_table = self.labels | given, self.config.splits or self.config.slide_table
+        # A table may give labels and splits when all is closed.
+        if len(labels) > len(self.labels) and self.config.labels and not has_table:
+            of_none = {split for split, label in labels if label is None}
+            if half := sorted({split for split, label in labels if label is not None} & of_none):
+                raise InputError(
+                    f"{self.out}: some patches of split {half[0]!r} have a label, others none; "
+                    "give all of a split one, or none; or open the writer with labels=False"
+                )
+            if alike := alike_names(sorted(label for _, label in labels if label)):
+                raise InputError(
+                    f"{self.out}: classes {alike[0]!r} and {alike[1]!r} differ in case, spaces, - "
+                    "or _ alone; give them one name"
+                )
+        self.labels = labels
 
     @staticmethod
     def join(out: str | os.PathLike[str]) -> Manifest:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from latentds_trainers.train_codec import tile_packs
 from latentds_trainers.train_codec.tile_packs import (
     budgets,
     decoded,
@@ -133,6 +134,34 @@ def test_a_file_that_is_no_pack_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"tiles\.zip: no pack of tiles"):
         read_pack(path)
+
+
+@pytest.mark.parametrize("name", ["pack.json", "a/00000.webp"])
+def test_a_pack_that_would_fill_the_memory_is_refused_before_it_is_read(
+    tmp_path, name, monkeypatch
+):
+    with zipfile.ZipFile(tmp_path / "p.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, bytes(1 << 20))
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("read"))
+    with pytest.raises(InputError, match=rf"p\.zip: '{name}', 1,048,576 bytes, is compressed,"):
+        read_pack(tmp_path / "p.zip")
+
+
+@pytest.mark.parametrize(
+    ("bound", "most", "message"),
+    [
+        ("MAX_BYTES", 99, r"'pack\.json', \d\d\d bytes, is .* of more than 99 bytes"),
+        ("MAX_PICTURES", 2, "4 entries; a pack has at most 2"),
+        ("MAX_ALL_PIXELS", 3 * 40 * 40 - 1, "more than 4,799 pixels; pack fewer"),
+    ],
+)
+def test_a_pack_of_more_than_a_pack_has_is_refused(tmp_path, monkeypatch, bound, most, message):
+    pieces = [webp(smooth_picture(seed, 40)) for seed in range(2)]
+    shares = {"a": 1.0} | {f"source-{n}": 0.0 for n in range(9)}
+    write_pack(tmp_path / "p.zip", {"a": pieces}, shares, {"held_out": pieces[:1]})
+    monkeypatch.setattr(tile_packs, bound, most)
+    with pytest.raises(InputError, match=message):
+        read_pack(tmp_path / "p.zip")
 
 
 def test_a_pack_of_a_source_without_pictures_is_refused(tmp_path):

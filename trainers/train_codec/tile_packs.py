@@ -26,9 +26,11 @@ HELD_OUT = "held_out"  # what a pack calls the pictures that are judged by
 FORMAT = "latentds-tiles/1"
 RECORD = "pack.json"
 MAX_BYTES = 54_000_000
+ENCRYPTED = 1  # flag of a zip's member
 SQUARE_PX = 256
 LEAST_PX = 96  # of a square at a picture's right and bottom edge
 MAX_PICTURES, MAX_PIXELS = 100_000, 64_000_000
+MAX_ALL_PIXELS = 1 << 30  # 3 GB; the open tiles have a seventh of it
 
 
 def in_squares(picture: np.ndarray) -> list[bytes]:
@@ -105,24 +107,45 @@ def spread(pieces: list[bytes], budget: int) -> list[bytes]:
 def read_pack(path: Path) -> tuple[dict[str, list[np.ndarray]], dict[str, float]]:
     """Pictures uint8 (H, W, 3) by source, those that are judged by among them, and the shares.
 
-    raises  InputError where the file is no pack, or a damaged one
+    raises  InputError where the file is no pack, a damaged one, or of more than a pack has
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            names = checked_names(path, archive)
             record = json.loads(archive.read(RECORD))
             if record["format"] != FORMAT:
                 raise InputError(f"{path}: {record['format']!r:.60}, this version reads {FORMAT}")
-            names = [name for name in archive.namelist() if name != RECORD][:MAX_PICTURES]
             pictures: dict[str, list[np.ndarray]] = {}
+            pixels = 0
             for name in names:
-                pictures.setdefault(name.split("/")[0], []).append(decoded(archive.read(name)))
+                picture = decoded(archive.read(name))
+                pixels += picture.shape[0] * picture.shape[1]
+                if pixels > MAX_ALL_PIXELS:
+                    raise InputError(f"{path}: more than {MAX_ALL_PIXELS:,} pixels; pack fewer")
+                pictures.setdefault(name.split("/")[0], []).append(picture)
             shares = {str(source): float(share) for source, share in record["shares"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError,
+            zipfile.BadZipFile) as error:  # fmt: skip
         raise InputError(f"{path}: no pack of tiles, or a damaged one ({error})") from error
     missing = [source for source in (*shares, "held_out") if not pictures.get(source)]
     if missing:
         raise InputError(f"{path}: no picture of {missing[0]!r}; pack the tiles again")
     return pictures, shares
+
+
+def checked_names(path: Path, archive: zipfile.ZipFile) -> list[str]:
+    """Names of a pack's pictures; InputError for more of them, or larger ones, than a pack has."""
+    members = archive.infolist()
+    if len(members) > MAX_PICTURES + 1:
+        raise InputError(f"{path}: {len(members):,} entries; a pack has at most {MAX_PICTURES:,}")
+    for member in members:
+        is_plain = member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & ENCRYPTED
+        if not is_plain or member.file_size > MAX_BYTES:
+            raise InputError(
+                f"{path}: {member.filename!r:.80}, {member.file_size:,} bytes, is compressed, "
+                f"encrypted or of more than {MAX_BYTES:,} bytes; write the pack with --pack"
+            )
+    return [member.filename for member in members if member.filename != RECORD]
 
 
 def decoded(content: bytes) -> np.ndarray:

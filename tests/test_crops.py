@@ -62,12 +62,23 @@ def test_crops_at_half_resolution_are_averages(crops):
     assert torch.allclose(crops.square(draw, 16), means, atol=1e-6)  # float32 sums of four
 
 
-def test_pictures_smaller_than_a_crop_go_on_reflected():
+@pytest.mark.parametrize(("height", "width"), [(96, 96), (40, 40), (7, 40), (1, 1)])
+def test_a_crop_has_pixels_of_its_own_picture_alone(height, width):
+    white, black = (np.full((height, width, 3), value, np.uint8) for value in (255, 0))
+    config = dataclasses.replace(PLAIN, crop_px=192)  # as the codes are counted
+    crops = Crops({"a": [white, black, white]}, {"a": 1.0}, config)
+    draws = [dataclasses.replace(crops.draw(config, 0, 0), start=n * height * width, corner=(0, 0))
+             for n in range(3)]  # fmt: skip
+    assert [sorted(crops.square(draw, 192).unique()) for draw in draws] == [[1], [0], [1]]
+
+
+@pytest.mark.parametrize("edge", [24, 39, 40, 96])
+def test_pictures_smaller_than_a_crop_go_on_reflected(edge):
     picture = smooth_picture(0, 20)
-    crops = Crops({"a": [picture]}, {"a": 1.0}, dataclasses.replace(PLAIN, crop_px=24))
+    crops = Crops({"a": [picture]}, {"a": 1.0}, dataclasses.replace(PLAIN, crop_px=edge))
     draw = dataclasses.replace(crops.draw(crops.config, 0, 0), turns=0, is_flipped=False)
-    square = crops.square(draw, 24).mul(255).round().byte().permute(1, 2, 0).numpy()
-    assert np.array_equal(square, np.pad(picture, ((0, 4), (0, 4), (0, 0)), mode="reflect"))
+    square = crops.square(draw, edge).mul(255).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(square, np.pad(picture, [(0, edge - 20)] * 2 + [(0, 0)], mode="reflect"))
 
 
 def test_gains_and_colours_stay_in_range(crops):

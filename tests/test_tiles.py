@@ -40,8 +40,7 @@ def own_tiles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     for number in range(20):
         name = "00.jpg" if number == 0 else f"{number:02d}.png"
-        edge = 264 if number in (0, 1, 19) else 100
-        Image.fromarray(smooth_picture(number, edge)).save(folder / name)
+        Image.fromarray(smooth_picture(number, 264)).save(folder / name)
     return folder
 
 
@@ -87,6 +86,17 @@ def test_a_picture_of_no_use_is_named(own_tiles, tmp_path):
 def test_too_few_pictures_are_refused(tmp_path):
     with pytest.raises(InputError, match=": 0 pictures; training takes 20 or more"):
         read_tiles(tmp_path)
+
+
+def test_pictures_that_are_too_small_are_named_and_counted(own_tiles, tmp_path):
+    folder = Path(shutil.copytree(own_tiles, tmp_path / "tiles"))
+    for name, size in (("03.png", (255, 400)), ("04.png", (96, 96))):
+        Image.new("RGB", size).save(folder / name)
+    message = r"2 of 20 pictures have less than 256 px each way: '03\.png', '04\.png'; take"
+    with pytest.raises(InputError, match=message):
+        read_tiles(folder)
+    with pytest.raises(InputError, match=message):
+        pack_tiles(folder, tmp_path / "tiles.zip")
 
 
 def test_a_judged_picture_that_is_too_small_is_refused():

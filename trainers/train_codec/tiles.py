@@ -28,9 +28,12 @@ from latentds_trainers.train_codec.tile_packs import (
 from torch import Tensor
 from torch.nn import functional
 
+from latentds.codecs.formats import DECODE_ERRORS
+from latentds.core.storage import open_picture
 from latentds.errors import InputError, missing_extra
 from latentds.sources.image_folder import picture_suffixes
 from latentds.sources.picture_files import read_picture
+from latentds.sources.slide_names import some
 
 if TYPE_CHECKING:
     from latentds_trainers.train_codec.config import CodecSettings
@@ -231,11 +234,28 @@ def list_open(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 
 
 def list_own(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Any other folder's pictures as one source; every twentieth is judged by."""
+    """Any other folder's pictures as one source; every twentieth is judged by.
+
+    raises  InputError for pictures that are smaller than what is judged: crops would mirror them
+    """
     files = picture_files(root)
+    if small := [str(file.relative_to(root)) for file in files if is_small(file)]:
+        raise InputError(
+            f"{root}: {len(small)} of {len(files)} pictures have less than {JUDGED_PX} px each "
+            f"way: {some(small)}; take them out"
+        )
     held_out = files[OWN_HELD_OUT - 1 :: OWN_HELD_OUT][:OWN_JUDGED]
     apart = set(held_out)
     return {OWN: [file for file in files if file not in apart]}, held_out
+
+
+def is_small(path: Path) -> bool:
+    """Whether a picture's header says so; one that cannot be read is told of when it is."""
+    try:
+        with open_picture(path) as picture:
+            return min(picture.size) < JUDGED_PX
+    except (InputError, *DECODE_ERRORS):
+        return False
 
 
 def picture_files(path: Path) -> list[Path]:
@@ -263,7 +283,7 @@ class Draw:
 
     start          of the picture in the row of pixels
     size           of the picture: height, width
-    corner         of the square: top, left; a small picture goes on reflected at bottom and right
+    corner         of the square: top, left; a smaller picture goes on, reflected at its edges
     scale          2 where the square is twice as large and averaged down
     mixing, gamma  of the colours; the identity and 1 where they stay
     gain           of the channels (3,)
@@ -357,8 +377,9 @@ class Crops:
 
 
 def reflected(places: Tensor, length: int) -> Tensor:
-    """Places from 0 on, those beyond a length turned back at its last one."""
-    return (length - 1) - ((length - 1) - places).abs()
+    """Places from 0 on, those beyond a length turned back at its last one and its first."""
+    last = length - 1
+    return last - (last - places % max(2 * last, 1)).abs()
 
 
 def draw_colours(rng: np.random.Generator) -> tuple[np.ndarray, float]:

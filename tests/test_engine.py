@@ -494,15 +494,27 @@ def test_a_rank_that_dies_ends_the_run_and_the_same_command_goes_on(tmp_path, pr
 
 
 @pytest.mark.slow
-def test_sigterm_to_a_rank_stops_all_with_a_checkpoint(tmp_path, processes):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_a_rank_stops_all_with_a_checkpoint(tmp_path, processes, name):
     out = tmp_path / "run"
-    words = ["--terminate-at", "2", "--save-every", "100"]
+    words = ["--terminate-at", "2", "--terminate-by", name, "--save-every", "100"]
     ended = run_words(processes, out, 2, "tests.toy_recipe", *words)
     assert [rank.code for rank in ended] == [143, 143]
     assert "stopped at step 3" in "".join(rank.text for rank in ended)
     assert names(out) == ["step-000003"]
     train(out, batch_size=4)  # goes on, here on one rank
     assert [line["step"] for line in lines(out)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, processes):
+    words = ["--terminate-at", "2", "--terminate-by", "SIGINT", "SIGINT", "--save-every", "100"]
+    (ended,) = run_words(processes, tmp_path / "run", 1, "tests.toy_recipe", *words)
+    assert ended.code not in (0, 143) and "KeyboardInterrupt" in ended.text
+    assert (
+        "stopping after this step, with a checkpoint; a further Ctrl-C ends at once" in ended.text
+    )
+    assert names(tmp_path / "run") == []
 
 
 @pytest.mark.slow

@@ -36,7 +36,9 @@ class ToyConfig(TrainConfig):
     die_at: int | None = None
     """Step at which the last rank kills itself."""
     terminate_at: int | None = None
-    """Step at which the last rank gets SIGTERM."""
+    """Step at which the last rank gets a signal."""
+    terminate_by: tuple[str, ...] = ("SIGTERM",)
+    """The signals it gets."""
     full_disk_at: int | None = None
     """Step from which the last rank's disk is full."""
     end_at: int | None = None
@@ -79,7 +81,8 @@ def toy_engine(config: ToyConfig, recipe: str = "toy", loader: object = None) ->
         "decoder": (decoder, torch.optim.Adam(decoder.parameters(), lr=config.lr)),
         "critic": (critic, torch.optim.Adam(critic.parameters(), lr=config.lr / 2)),
     }
-    may_change = ("nan_at", "nan_gradient_at", "die_at", "terminate_at", "full_disk_at", "sleep_s")
+    may_change = ("nan_at", "nan_gradient_at", "die_at", "full_disk_at", "sleep_s")
+    may_change += ("terminate_at", "terminate_by")
     return Engine(config, recipe, networks, loader, may_change=may_change)
 
 
@@ -132,7 +135,8 @@ class Toy:
         if self.is_it(self.config.full_disk_at, step):
             torch.save = write_to_full_disk
         if self.is_it(self.config.terminate_at, step):
-            os.kill(os.getpid(), signal.SIGTERM)
+            for name in self.config.terminate_by:
+                os.kill(os.getpid(), signal.Signals[name])
 
 
 def write_to_full_disk(*arguments: object, **options: object) -> None:

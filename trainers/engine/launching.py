@@ -5,11 +5,11 @@
     python -m latentds_trainers.train_codec ...                         # one rank
 
 Imports neither torch nor DeepSpeed, so that `--help` stays fast. Exit codes: 0 the run reached its
-last step; 1 a LatentdsError (one line on stderr); 2 usage; 143 stopped by SIGTERM with a checkpoint
-saved, so that the same command goes on. SIGTERM may go to a rank, to the launcher, or to the node
-launcher that `deepspeed` starts; the launcher's own exit code is then what it makes of it (SIGTERM
-kills `deepspeed` itself at once, its node launcher ends with 1). A node launcher kills ranks that
-have not ended 30 s after the signal: a step and a checkpoint have to fit in.
+last step; 1 a LatentdsError (one line on stderr); 2 usage; 143 stopped by SIGTERM or Ctrl-C with a
+checkpoint saved, so that the same command goes on. SIGTERM may go to a rank, to the launcher, or to
+the node launcher that `deepspeed` starts; the launcher's own exit code is then what it makes of it
+(SIGTERM kills `deepspeed` itself at once, its node launcher ends with 1). A node launcher kills
+ranks that have not ended 30 s after the signal: a step and a checkpoint have to fit in.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import psutil
 
 STOPPED = 128 + signal.SIGTERM  # exit code, as a shell tells it
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+TOLD = b"\nstopping after this step, with a checkpoint; a further Ctrl-C ends at once\n"
 TELLING_S = 1.0  # what rank 0 has for telling an error, before a rank's end ends all
 
 Config = TypeVar("Config")
@@ -125,28 +127,36 @@ def leave_ranks(together: bool = True) -> None:
 
 
 class StopRequest:
-    """Whether this rank has been asked to stop: by SIGTERM, or by the end of its launcher.
+    """Whether this rank has been asked to stop: by a signal, or by the end of its launcher.
 
     The `deepspeed` command does not pass SIGTERM on; it dies, and its child that started the ranks
     becomes an orphan. The ranks see that and stop as if they had got the signal.
     """
 
     def __init__(self) -> None:
-        self.has_signal = False
+        self.has_signal, self.process = False, os.getpid()
         self.launcher = deepspeed_launcher()
         self.launchers_parent = self.launcher and self.launcher.ppid()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Take SIGTERM as a request instead of an end, within the block (main thread only)."""
-        before = signal.signal(signal.SIGTERM, self.note)
+        """Take SIGTERM and Ctrl-C as requests, not as an end, within the block (main thread only).
+
+        Ctrl-C is one only once: whoever does not wait for the checkpoint ends the run by another.
+        """
+        before = {number: signal.signal(number, self.note) for number in STOPPING}
         try:
             yield self
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def note(self, _number: int, _frame: FrameType | None) -> None:
+    def note(self, number: int, _frame: FrameType | None) -> None:
         self.has_signal = True
+        if number == signal.SIGINT and os.getpid() == self.process:  # in no forked reader
+            signal.signal(number, signal.default_int_handler)
+            if os.environ.get("RANK", "0") == "0":  # not logged: a signal may come within a write
+                os.write(2, TOLD)
 
     def __bool__(self) -> bool:
         if self.launcher is None:

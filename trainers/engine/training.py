@@ -201,8 +201,8 @@ class Engine:
         samples   pictures (B, 3, H, W) in [0, 1]; called on every rank, rank 0's are written
         validate  figures; called on every rank with each checkpoint, rank 0's are logged
         raises    InputError where a figure is not finite (no checkpoint is written any more) or a
-                  checkpoint, the log or a picture cannot be written; SystemExit(143) after SIGTERM,
-                  a checkpoint saved
+                  checkpoint, the log or a picture cannot be written; SystemExit(143) after SIGTERM
+                  or Ctrl-C, a checkpoint saved
         """
         self.start_logs()
         with StopRequest().listening() as stop:

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 from latentds.codecs.formats import FORMATS, is_available
-from latentds.codecs.latent import (
-    LatentCodec,
-    draw_samples,
-    fit_quantizer,
-    latent_bytes,
-    with_quantizer,
-)
+from latentds.codecs.latent import LatentCodec, draw_samples, latent_bytes, with_quantizer
 from latentds.codecs.naming import (
     CodecSpec,
     LatentSpec,
@@ -31,7 +25,6 @@ __all__ = [
     "PictureSpec",
     "QuantizerSpec",
     "draw_samples",
-    "fit_quantizer",
     "fit_to_bytes",
     "is_available",
     "latent_bytes",

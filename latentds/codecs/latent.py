@@ -20,12 +20,11 @@ from latentds.codecs.naming import RECORDS, QuantizerSpec, latent_text, parse_qu
 from latentds.codecs.picture_codecs import check_picture
 from latentds.codecs.refining import refine
 from latentds.errors import ContractError, FormatError, ShapeError, WeightsError
-from latentds.quantizers.additive import AdditiveCodebook
-from latentds.quantizers.additive_fit import AdditiveReport, fit_additive
+from latentds.quantizers.additive_fit import fit_additive
 from latentds.quantizers.codebooks import shipped_records
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.scalar import MAX_LEVELS, AnyCodebook, Codebook
-from latentds.quantizers.scalar_fit import FitReport, fit_codebook
+from latentds.quantizers.scalar_fit import fit_codebook
 
 LatentShape = tuple[int, int, int]  # C, h, w
 
@@ -257,21 +256,15 @@ def with_quantizer(
             raise ValueError(f"{card.name}+{spec.text}: needs a sample of latents or a codebook")
         if len(samples) != card.channels:
             raise ShapeError(f"samples have {len(samples)} channels, {card.name} {card.channels}")
-        codebook = fit_quantizer(samples, spec, seed)[0]
+        if spec.planes is not None:
+            codebook = fit_additive(samples.T, spec.planes, seed=seed)[0]
+        else:
+            codebook = fit_codebook(samples, spec.kind, spec.levels or MAX_LEVELS, seed)[0]
     if codebook.text != spec.coder:
         raise ContractError(
             f"{card.name}+{spec.text}: the codebook is {codebook.text}, {codebook.summary}"
         )
     return LatentCodec(autoencoder, Codes(spec, codebook), patch_px)
-
-
-def fit_quantizer(
-    samples: np.ndarray, spec: QuantizerSpec, seed: int = 0
-) -> tuple[Codebook | AdditiveCodebook, FitReport | AdditiveReport]:
-    """The codebook of a quantizer for latents like float32 (C, M), and what it does to them."""
-    if spec.planes is not None:
-        return fit_additive(samples.T, spec.planes, seed=seed)
-    return fit_codebook(samples, spec.kind, spec.levels or MAX_LEVELS, seed)
 
 
 def shipped(spec: QuantizerSpec, card: AutoencoderCard, patch_px: tuple[int, int]) -> AnyCodebook:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from latentds.core.display import progress
 from latentds.core.processes import choose_device
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.quantizers.additive import MAX_PLANES
-from latentds.quantizers.additive_fit import fit_additive
 from latentds.quantizers.codebooks import (
     StoredCodebook,
     check_latents,
@@ -29,13 +27,10 @@ from latentds.quantizers.codebooks import (
     sized,
     tiny_codebook,
 )
-from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
-from latentds.quantizers.scalar import AnyCodebook
-from latentds.quantizers.scalar_fit import fit_codebook
+from latentds.quantizers.sample_fit import CodebookSample, draw_rows
 from latentds.store.format import Contract
 
 logger = logging.getLogger(__name__)
-MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
 CPU_BATCH = 16
 CUDA_BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # the largest that fits is chosen
 
@@ -239,25 +234,18 @@ def fit_to_sample(
                  can
     """
     channels, height, width = encoder.check_shape(reader.plan.patch_px)
-    codebook: AnyCodebook
-    if kind == "rans":
-        rows, rng, made = draw_rows(config, reader)
-        chunks = sample_chunks(reader, rng.permutation(rows), encoder.batch)
-        batches = (encoder.latents(chunk).cpu() for chunk in chunks)
-        try:
-            codebook, fitted = fit_entropy_codebook(batches, patch_bytes)
-        except ValueError as error:
-            raise InputError(f"--bytes {patch_bytes}: {error}") from error
-        made["record_fit"] = fitted.to_json()
-    elif kind == "additive":
-        planes = planes_of(patch_bytes, channels, height * width)
-        samples, made = draw_sample(config, encoder, reader)
-        codebook, report = fit_additive(samples.T, planes, levels=config.levels, seed=config.seed)
-        made |= report.to_json()
-    else:
-        samples, made = draw_sample(config, encoder, reader)
-        codebook, of_levels = fit_codebook(samples, config.quantizer, config.levels, config.seed)
-        made |= of_levels.to_json()
+    size = planes_of(patch_bytes, channels, height * width) if kind == "additive" else patch_bytes
+    splits = {name: range(*rows) for name, rows in reader.plan.splits.items()}
+    rows, drawn = draw_rows(splits, config.fit_patches, config.seed, shuffled=kind == "rans")
+    sample, bad = CodebookSample(len(rows), kind, config.seed), by_region(reader.plan.bad)
+    groups = [rows[start : start + encoder.batch] for start in range(0, len(rows), encoder.batch)]
+    for chunk in reader.chunks(progress(groups, desc="codebook", unit="batch")):
+        bad.update(chunk.bad)
+        check_budget(config, bad.values())  # they will fail later too: say so now
+        if len(chunk.pixels) and not sample.add(encoder.latents(chunk.pixels)):
+            break
+    codebook, fitted = sample.fit(size, config.quantizer, config.levels)
+    made = {"origin": "fitted to a sample of the input"} | drawn | fitted
     latent_id = encoder.autoencoder.card.latent_id
     return StoredCodebook(codebook=codebook, latent_id=latent_id, made=made)
 
@@ -276,57 +264,3 @@ def planes_of(patch_bytes: int, channels: int, cells: int) -> int:
         f"{cells:,} cells take {possible}, a byte a cell and plane, at most one a value; "
         "entropy-coded records, --codebook rans, are not bound to cells"
     )
-
-
-def draw_sample(
-    config: ConvertConfig, encoder: Encoder, reader: PlanReader
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Latents float32 (C, M) of the patches a codebook is fitted to, and how they were drawn.
-
-    All cells of every patch, or as many drawn ones of each as may be held together.
-    """
-    rows, rng, drawn = draw_rows(config, reader)
-    most = max(16, MAX_SAMPLE_VALUES // (encoder.autoencoder.card.channels * len(rows)))
-    parts: list[np.ndarray] = []
-    with progress(total=len(rows), desc="codebook", unit="patch") as bar:
-        for chunk in sample_chunks(reader, rows, encoder.batch):
-            latents = encoder.latents(chunk)
-            values = latents.transpose(0, 1).flatten(1).cpu().numpy()
-            if most < latents[0, 0].numel():
-                chosen = rng.choice(values.shape[1], most * len(chunk), replace=False)
-                values = values[:, chosen]
-            parts.append(values)
-            bar.update(len(chunk))
-    if not parts:
-        raise InputError("none of the patches drawn for the codebook can be read")
-    return np.concatenate(parts, axis=1), drawn
-
-
-def draw_rows(
-    config: ConvertConfig, reader: PlanReader
-) -> tuple[np.ndarray, np.random.Generator, dict[str, Any]]:
-    """Rows of the patches a codebook is fitted to, the generator that drew them, and how."""
-    splits = reader.plan.splits
-    split = "train" if "train" in splits else next(iter(splits))
-    start, stop = splits[split]
-    rng = np.random.default_rng([config.seed, 1])
-    count = min(config.fit_patches, stop - start)
-    rows = np.sort(rng.choice(np.arange(start, stop), count, replace=False))
-    drawn = {
-        "origin": "fitted to a sample of the input",
-        "split": split,
-        "patches": count,
-        "seed": config.seed,
-    }
-    return rows, rng, drawn
-
-
-def sample_chunks(reader: PlanReader, rows: np.ndarray, batch: int) -> Iterator[np.ndarray]:
-    """Pixels of the readable patches at `rows`, at most a batch at a time."""
-    bad = by_region(reader.plan.bad)
-    groups = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    for chunk in reader.chunks(groups):
-        bad.update(chunk.bad)
-        check_budget(reader.config, bad.values())  # they will fail later too: say so now
-        if len(chunk.pixels):
-            yield chunk.pixels

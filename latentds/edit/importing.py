@@ -25,8 +25,8 @@ from latentds.edit.recoding import Distortion
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.quantizers.codebooks import load_matching
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.sample_fit import CodebookSample, draw_rows
 from latentds.quantizers.scalar import AnyCodebook, Codebook, dequantize, quantize
-from latentds.quantizers.scalar_fit import fit_codebook
 from latentds.store.composing import Composer, Part, complete
 from latentds.store.format import GOLDEN, MAX_PATCH_BYTES, SPLIT_PATTERN, Contract, patch_key
 from latentds.store.golden import choose_rows, decode_pixels, encode_golden, latents_pixels
@@ -34,7 +34,6 @@ from latentds.store.manifest import Manifest
 from latentds.store.packs import SCHEMA
 
 logger = logging.getLogger(__name__)
-MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
 MAX_NAMED, MAX_NAME = 16, 64  # arrays not taken that are named, letters of a name
 
 
@@ -179,25 +178,17 @@ def choose_codebook(
 
 def fit_to_sample(
     files: LatentFiles, patches: Sequence[ForeignPatch], options: ImportOptions
-) -> tuple[Codebook, dict[str, Any]]:
+) -> tuple[AnyCodebook, dict[str, Any]]:
     """A codebook fitted to patches drawn from the training split, the first where there is none."""
-    splits = sorted({patch.split for patch in patches})
-    split = "train" if "train" in splits else splits[0]
-    members = [patch for patch in patches if patch.split == split]
-    rng = np.random.default_rng([options.seed, 1])
-    count = min(options.fit_patches, len(members))
-    drawn = np.sort(rng.choice(len(members), count, replace=False))
-    channels, rows, columns = files.shape  # of floats, which are never records
-    cells = min(rows * columns, max(16, MAX_SAMPLE_VALUES // (channels * count)))
-    samples = np.empty((channels, count * cells), np.float32)
-    for place, number in enumerate(progress(drawn, desc="codebook")):
-        values = files.latents(members[number]).reshape(channels, -1)
-        part = slice(place * cells, (place + 1) * cells)
-        samples[:, part] = values[:, rng.permutation(rows * columns)[:cells]]
-    codebook, report = fit_codebook(samples, options.quantizer, options.levels, options.seed)
-    origin = "fitted to a sample of the imported latents"
-    drawn_from = {"split": split, "patches": count, "seed": options.seed}
-    return codebook, {"origin": origin} | drawn_from | report.to_json()
+    splits: dict[str, list[int]] = {split: [] for split in sorted({p.split for p in patches})}
+    for row, patch in enumerate(patches):
+        splits[patch.split].append(row)
+    rows, drawn = draw_rows(splits, options.fit_patches, options.seed, shuffled=False)
+    sample = CodebookSample(len(rows), seed=options.seed)
+    for row in progress(rows, desc="codebook"):
+        sample.add(torch.from_numpy(files.latents(patches[row]))[None])
+    codebook, fitted = sample.fit(quantizer=options.quantizer, levels=options.levels)
+    return codebook, {"origin": "fitted to a sample of the imported latents"} | drawn | fitted
 
 
 def write_shards(

@@ -19,17 +19,15 @@ from latentds.conversion.prepared import fitting, planes_of
 from latentds.core.config_fields import take_paths
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.loading.decoding import find_autoencoder
-from latentds.quantizers.additive_fit import fit_additive
 from latentds.quantizers.codebooks import StoredCodebook, load_codebook, shipped_records
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
-from latentds.quantizers.entropy.record_fit import MAX_FIT_PATCHES, fit_entropy_codebook
+from latentds.quantizers.sample_fit import CodebookSample, draw_rows
 from latentds.quantizers.scalar import AnyCodebook, dequantize_each
 from latentds.store.composing import Part
 from latentds.store.golden import decode_pixels, encode_golden, no_golden, read_golden
 from latentds.store.reader import ShardSet
 
 FIT_PATCHES = 1000
-MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
 BLOCK_PATCHES = 256
 Encoding = Literal["u8-sum", "rans"]
 
@@ -182,39 +180,22 @@ def fit_codebook(
     shards: ShardSet, encoding: Encoding, patch_bytes: int, seed: int
 ) -> StoredCodebook:
     """A codebook fitted to patches of the training split, or of the first where there is none."""
-    contract = shards.manifest.contract
+    contract, splits = shards.manifest.contract, shards.manifest.splits
     channels, height, width = contract.latents_shape
-    planes = 0
+    kind, size = "rans", patch_bytes
     if encoding == "u8-sum":
-        planes = planes_of(patch_bytes, channels, height * width)
-    latents, made = draw_latents(shards, seed, FIT_PATCHES if planes else MAX_FIT_PATCHES)
-    if planes:
-        vectors = latents.permute(0, 2, 3, 1).reshape(-1, channels).numpy()
-        book, report = fit_additive(vectors, planes, seed=seed)
-        made |= report.to_json()
-        return StoredCodebook(codebook=book, latent_id=contract.latent_id, made=made)
-    own = contract.codebook
+        kind, size = "additive", planes_of(patch_bytes, channels, height * width)
+    ranges = {split: range(*shards.patch_range(split)) for split in splits}
+    rows, drawn = draw_rows(ranges, FIT_PATCHES, seed, shuffled=True, stream=4)
+    sample, own = CodebookSample(len(rows), kind, seed), contract.codebook
+    for part in np.split(rows, np.arange(BLOCK_PATCHES, len(rows), BLOCK_PATCHES)):
+        if not sample.add(latents_of(shards, shards.read_codes(part), part)):
+            break
     gains = own.gains if isinstance(own, EntropyCodebook) else None
-    try:
-        records, fitted = fit_entropy_codebook(latents, patch_bytes, gains=gains)
-    except ValueError as error:
-        raise InputError(f"--bytes {patch_bytes}: {error}") from error
-    made["record_fit"] = fitted.to_json()
-    return StoredCodebook(codebook=records, latent_id=contract.latent_id, made=made)
-
-
-def draw_latents(shards: ShardSet, seed: int, count: int) -> tuple[Tensor, dict[str, Any]]:
-    """Latents float32 (N, C, h, w) of drawn patches in random order, and how they were drawn."""
-    manifest = shards.manifest
-    split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
-    first, end = shards.patch_range(split)
-    count = min(count, end - first, MAX_SAMPLE_VALUES // math.prod(manifest.contract.latents_shape))
-    rng = np.random.default_rng([seed, 4])
-    rows = np.sort(first + rng.choice(end - first, max(1, count), replace=False))
-    latents = latents_of(shards, shards.read_codes(rows), rows)
+    codebook, fitted = sample.fit(size, gains=gains)
     origin = "fitted to a sample of the latents that the set had before"
-    made = {"origin": origin, "split": split, "patches": len(rows), "seed": seed}
-    return latents[torch.from_numpy(rng.permutation(len(rows)))], made
+    made = {"origin": origin} | drawn | fitted
+    return StoredCodebook(codebook=codebook, latent_id=contract.latent_id, made=made)
 
 
 def latents_of(shards: ShardSet, codes: np.ndarray, rows: np.ndarray) -> Tensor:

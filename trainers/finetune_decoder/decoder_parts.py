@@ -42,8 +42,8 @@ from latentds.quantizers.codebooks import (
     sized_book,
     tiny_codebook,
 )
+from latentds.quantizers.sample_fit import CodebookSample
 from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
-from latentds.quantizers.scalar_fit import fit_codebook
 from latentds.store.reader import ShardSet
 
 CODEBOOK_CROPS = 256
@@ -100,10 +100,11 @@ def fitted_codebook(config: FinetuneConfig, latent_id: str, pairs: PicturePairs)
     def fit() -> StoredCodebook:
         if path.exists() and complete_checkpoints(config.out):
             return load_codebook(path)
-        latents = torch.cat([part.cpu() for part, _ in pairs.sample(CODEBOOK_CROPS)])
-        samples = latents.transpose(0, 1).flatten(1).numpy()
-        codebook, report = fit_codebook(samples, seed=config.seed)
-        made = {"origin": "fitted while fine-tuning", "crops": len(latents)} | report.to_json()
+        sample = CodebookSample(CODEBOOK_CROPS, seed=config.seed)
+        for latents, _ in pairs.sample(CODEBOOK_CROPS):
+            sample.add(latents)
+        codebook, fitted = sample.fit()
+        made = {"origin": "fitted while fine-tuning"} | fitted
         save_codebook(StoredCodebook(codebook=codebook, latent_id=latent_id, made=made), path)
         return load_codebook(path)
 

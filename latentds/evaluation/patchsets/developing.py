@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder, exact_arithmetic
-from latentds.codecs import LatentCodec, PictureCodec, QuantizerSpec, draw_samples, fit_quantizer
+from latentds.codecs import LatentCodec, PictureCodec, QuantizerSpec
 from latentds.codecs.latent import check_finite
 from latentds.core.compiling import Compiled
 from latentds.errors import InputError, WeightsError
@@ -25,7 +25,8 @@ from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.evaluation.patchsets.picture_patches import Pictures, open_pictures
 from latentds.loading.decoding import make_lookup
 from latentds.quantizers.codebooks import StoredCodebook, load_matching, tiny_codebook
-from latentds.quantizers.scalar import AnyCodebook
+from latentds.quantizers.sample_fit import CodebookSample
+from latentds.quantizers.scalar import MAX_LEVELS, AnyCodebook
 
 CHUNK_PX = 256 * 256  # what one patch of a chunk has, at most; larger patches, fewer of them
 CPU_CHUNK, GPU_CHUNK = 4, 64  # on a CPU 1 to 16 at once are equally fast
@@ -296,13 +297,14 @@ def find_codebook(
     is_asked_for = config.codebook_from is None
     if is_asked_for and wanted == (shipped.latent_id, book.kind, book.levels.shape[1]):
         return dataclasses.replace(shipped, made={"origin": "shipped with tiny"})
-    sample, origin = fit_sample(config, pictures)
+    drawn, origin = fit_sample(config, pictures)
     encoding = Encoding(autoencoder, pictures.patch_px, device)
-    parts = [encoding(pixels) for pixels in sample.sample(FITTED_TO, SEED)]
-    latents = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1)
-    samples = draw_samples(latents[None, :, :, None])
-    codebook, report = fit_quantizer(samples, quantizer, SEED)
-    made = {"origin": origin, "patches": sum(map(len, parts)), "seed": SEED} | report.to_json()
+    sample = CodebookSample(FITTED_TO, "additive" if quantizer.planes else "scalar", SEED)
+    for pixels in drawn.sample(FITTED_TO, SEED):
+        sample.add(encoding(pixels))
+    levels = quantizer.levels or MAX_LEVELS
+    codebook, fitted = sample.fit(quantizer.planes or 0, quantizer.kind, levels)
+    made = {"origin": origin, "seed": SEED} | fitted
     return StoredCodebook(codebook=codebook, latent_id=card.latent_id, made=made)
 
 

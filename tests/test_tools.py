@@ -219,6 +219,24 @@ def test_bytes_that_records_cannot_have_are_refused_with_those_they_can(
     assert re.search(r"possible are about \d+ to \d+, or additive codes", err)
 
 
+@pytest.mark.parametrize("size", [None, 128])
+@pytest.mark.parametrize("levels", [256, 16])
+@pytest.mark.parametrize("kind", [None, "scalar", "additive", "rans"])
+@pytest.mark.parametrize("autoencoder", ["tiny", "tiny-v2"])
+def test_a_dry_run_tells_the_bytes_of_the_set_or_refuses_as_its_conversion_does(
+    record_tables, tmp_path, capsys, autoencoder, kind, levels, size
+):
+    words = ["convert", record_tables[0], "--out", tmp_path / "set", "--device", "cpu", "--json"]
+    words += ["--autoencoder", autoencoder, "--levels", levels, "--encode-batch", 4]
+    words += [*(["--codebook", kind] if kind else []), *(["--bytes", size] if size else [])]
+    planned, expected, refused = call(capsys, *words, "--dry-run")
+    code, found, error = call(capsys, *words)
+    if code:
+        assert (planned, refused) == (code, error)
+    else:
+        assert json.loads(expected)["bytes_per_patch"] == json.loads(found)["bytes_per_patch"]
+
+
 def test_fit_codebook_makes_an_additive_codebook_of_the_bytes_asked_for(pictures, tmp_path, capsys):
     from latentds.quantizers.codebooks import load_codebook
 

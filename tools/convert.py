@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import math
 import shlex
 import shutil
 import time
@@ -119,15 +118,18 @@ def estimate(config: Config) -> dict[str, Any]:
     from latentds.autoencoders.autoencoder import latent_cells
     from latentds.autoencoders.cards import ALIASES, CARDS
     from latentds.conversion.conversion_plan import make_plan, plan_shards
+    from latentds.conversion.prepared import choose_codes
     from latentds.sources.opening import open_source
     from latentds.store.format import PATCH_DTYPE
 
     source = open_source(config)
     name = ALIASES.get(config.autoencoder, config.autoencoder)
-    card = CARDS.get(name) or load_autoencoder(name).card
+    card = CARDS.get(name)
+    if card is None or card.repository is None:  # what does not come from the Hub tells its latents
+        card = load_autoencoder(name).card
     plan = make_plan(config, source)
-    rows, columns = latent_cells(plan.patch_px, card.factor)
-    bytes_per_patch = planned_bytes(config, (card.channels, rows, columns))
+    shape = (card.channels, *latent_cells(plan.patch_px, card.factor))
+    _, _, bytes_per_patch = choose_codes(config, card, shape)
     shards = plan_shards(plan, config, bytes_per_patch)
     patches = len(plan.regions)
     read = sum(header.bytes for header in plan.headers)
@@ -176,24 +178,6 @@ def planned_slides(config: Config, plan: Any) -> dict[str, Any]:
     told = ("patches", "places", "tissue", "mpp", "left_out")
     slides = {one.name: {field: getattr(one, field) for field in told} for one in records}
     return {"page": str(page), "slides": slides}
-
-
-def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
-    from latentds.autoencoders.cards import ALIASES
-    from latentds.conversion.prepared import fitting, planes_of
-    from latentds.quantizers.codebooks import USUAL_BYTES, USUAL_CELLS, load_codebook
-
-    channels, rows, columns = latents_shape
-    is_tiny2 = ALIASES.get(config.autoencoder, config.autoencoder).startswith("tiny-v2")
-    if config.codebook_kind == "rans" or (config.codebook is None and is_tiny2):
-        return config.bytes or USUAL_BYTES * rows * columns // USUAL_CELLS
-    if config.codebook_file is not None:
-        stored = load_codebook(config.codebook_file)
-        book = fitting(stored, config.codebook_file, latents_shape, config.bytes).codebook
-        return math.prod(book.codes_shape_of(latents_shape))
-    if config.bytes is None:
-        return channels * rows * columns
-    return planes_of(config.bytes, channels, rows * columns) * rows * columns
 
 
 def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:

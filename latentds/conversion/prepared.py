@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -153,37 +154,50 @@ def find_codebook(
 ) -> StoredCodebook:
     """The one given, that of the run that is resumed, shipped with the autoencoder, or fitted.
 
-    codebook  an object that the caller gave
-
-    raises  ContractError for a file fitted to other latents, InputError for bytes that the latents
-            or the codebook cannot have, with those that they can
+    raises  what `choose_codes` raises
     """
-    card = encoder.autoencoder.card
-    shape = encoder.check_shape(reader.plan.patch_px)
-    given = given_codebook(config, codebook, card, shape)
-    if given is not None:
-        return given
-    if earlier:
+    if earlier and codebook is None and config.codebook_file is None:
         contract = Contract.from_json(earlier["contract"], "plan.json")
         return StoredCodebook(
             codebook=contract.codebook,
             latent_id=contract.latent_id,
             made=earlier["made"]["codebook"],
         )
-    kind, patch_bytes = config.codebook_kind, config.bytes
+    shape = encoder.check_shape(reader.plan.patch_px)
+    there, kind, size = choose_codes(config, encoder.autoencoder.card, shape, codebook)
+    return there or fit_to_sample(config, encoder, reader, kind, size)
+
+
+def choose_codes(
+    config: ConvertConfig,
+    card: AutoencoderCard,
+    shape: tuple[int, int, int],
+    codebook: StoredCodebook | None = None,
+) -> tuple[StoredCodebook | None, str, int]:
+    """The codebook given or shipped, None for one to be fitted; kind and bytes of a patch's codes.
+
+    codebook  an object that the caller gave
+    raises    ContractError for a file fitted to other latents, InputError for bytes that the
+              latents or the codebook cannot have, with those that they can
+    """
+    kind, size = config.codebook_kind, config.bytes
     is_usual = config.quantizer == "kmeans" and config.levels == 256
-    if kind == "rans" or (kind is None and is_usual):
-        records = shipped_records(card.latent_id, shape, patch_bytes)
-        if records is not None:
-            return records
-    if kind in ("additive", "rans") or patch_bytes is not None:
-        if patch_bytes is None:
-            raise InputError(f"--codebook {kind} needs --bytes, how many a patch is to take")
-        return fit_to_sample(config, encoder, reader, kind or "additive", patch_bytes)
-    shipped = tiny_codebook()
-    if is_usual and shipped.latent_id == card.latent_id:
-        return shipped
-    return fit_to_sample(config, encoder, reader)
+    there = given_codebook(config, codebook, card, shape)
+    if there is None and (kind == "rans" or (kind is None and is_usual)):
+        there = shipped_records(card.latent_id, shape, size)
+    kind = kind or ("scalar" if size is None else "additive")
+    is_tiny = tiny_codebook().latent_id == card.latent_id
+    if there is None and kind == "scalar" and is_usual and is_tiny:
+        there = tiny_codebook()
+    if there is not None:
+        return there, kind, math.prod(there.codebook.codes_shape_of(shape))
+    if kind == "scalar":
+        return None, kind, math.prod(shape)
+    if size is None:
+        raise InputError(f"--codebook {kind} needs --bytes, how many a patch is to take")
+    if kind == "additive":
+        planes_of(size, shape[0], shape[1] * shape[2])
+    return None, kind, size
 
 
 def given_codebook(

@@ -216,8 +216,11 @@ def load_matching(path: Path, latent_id: str, autoencoder: str) -> StoredCodeboo
 
 
 def check_latents(stored: StoredCodebook, latent_id: str, autoencoder: str, where: object) -> None:
-    """ContractError where a codebook was fitted to other latents than the autoencoder makes."""
-    if stored.latent_id != latent_id:
+    """ContractError where a codebook was fitted to other latents than the autoencoder makes.
+
+    latent_id  empty while the autoencoder's weights are not loaded: then nothing is known of them
+    """
+    if latent_id and stored.latent_id != latent_id:
         raise ContractError(
             f"{where}: fitted to other latents than {autoencoder!r} makes; fit one with "
             "'latentds fit-codebook'"

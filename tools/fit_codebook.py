@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,7 +93,7 @@ def fit(config: Config) -> Any:
 
     settings = ConvertConfig(
         source=config.source,
-        out=Path(tempfile.gettempdir()),  # nothing is written there: only the plan and the fit run
+        out=config.out,
         labels=False,
         **picked(config, "quantizer", "levels", "fit_patches", "patch_size", "resize", "tile"),
         **picked(config, "seed", "device", "max_bad"),

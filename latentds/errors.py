@@ -21,10 +21,13 @@ Standard ones stay standard: `FileNotFoundError`, and `ValueError` for a plainly
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import re
 from collections.abc import Iterable
 from typing import Literal, get_args
+
+COMPARED, LISTED = 1000, 40  # names of an unknown one's neighbourhood; a set has millions of keys
 
 
 class LatentdsError(Exception):
@@ -131,11 +134,21 @@ def no_folder(path: object) -> FileNotFoundError:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
-    """An error that names the closest known name and lists them all."""
+    """An error that names the closest known name and lists them all, of many the next ones."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near, listed = (neighbours(names, name, most) for most in (COMPARED, LISTED))
+    close = difflib.get_close_matches(name, near, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
-    return UnknownNameError(f"unknown {kind} {name!r}{hint} known: {', '.join(names) or 'none'}")
+    more = f", ... ({len(names):,} in all)" if len(names) > len(listed) else ""
+    return UnknownNameError(
+        f"unknown {kind} {name!r}{hint} known: {', '.join(listed) or 'none'}{more}"
+    )
+
+
+def neighbours(names: list[str], name: str, most: int) -> list[str]:
+    """At most so many of the sorted names, those around `name`."""
+    first = min(bisect.bisect(names, name) - most // 2, len(names) - most)
+    return names[max(first, 0) :][:most]
 
 
 def missing_extra(module: str, extra: str) -> MissingExtraError:

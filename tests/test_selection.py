@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from latentds.errors import InputError, LatentdsError, UnknownNameError
+from latentds.errors import InputError, LatentdsError, UnknownNameError, unknown_name
 from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
@@ -114,6 +114,18 @@ def test_what_is_no_condition_is_refused(labelled, where):
 def test_misspelt_names_are_refused(labelled, where, message):
     with pytest.raises(UnknownNameError, match=message):
         select_rows(ShardSet(labelled), "train", where)
+
+
+@pytest.mark.parametrize(("name", "end"), [("n02500x", "n02520"), ("a", "n00039"), ("z", "n04999")])
+def test_of_thousands_of_names_the_next_ones_are_listed(name, end):
+    text = str(unknown_name("slide", name, [f"n{number:05d}" for number in range(5000)]))
+    assert text.count("n0") >= 40 and len(text) < 400 and f"{end}, ... (5,000 in all)" in text
+    assert ("did you mean 'n02500'?" in text) is (name == "n02500x")
+
+
+def test_forty_names_are_all_listed():
+    names = [f"n{number:02d}" for number in range(40)]
+    assert str(unknown_name("slide", "n39", names)).endswith(", ".join(names))
 
 
 def test_a_choice_of_nothing_is_refused(labelled):

@@ -207,8 +207,52 @@ def test_what_does_not_fit_is_refused_before_reading(shared_dataset, monkeypatch
         LatentArray(shared_dataset, decode="codes")
 
 
-def test_unknown_keys_and_places_are_refused(array):
+MASK = np.isin(np.arange(500), [2, 4])
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [], (), range(0), np.array([], np.int64), slice(3, 3), slice(None, None, -1),
+        slice(9, 2, -3), (5, -1), range(3), True, None, ..., MASK, MASK.tolist(),
+        *(np.array([1, 2], kind) for kind in ("u1", "u2", "u4", "u8", "i1", "i2", "i4")),
+        np.array([[1, 2], [3, -4]]), torch.tensor([1, 2], dtype=torch.uint8),
+        torch.tensor([[1], [2]]), np.array(3),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_places_are_what_numpy_takes_for_an_index(array, places):
+    asked = list(places) if isinstance(places, tuple) else places
+    expected = np.arange(500)[asked].copy()
+    images = array[:]
+    assert torch.equal(array[places], images[torch.as_tensor(expected)])
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda k: np.array(k, object)])
+def test_keys_come_in_any_sequence(array, kind):
+    keys = [array.keys[9], array.keys[300]]
+    assert torch.equal(array[kind(keys)], array[[9, 300]])
+    assert len(array[kind(keys[:0])]) == 0
+    with pytest.raises(UnknownNameError, match=f"unknown key '1'.*{keys[0][:12]}"):
+        array[kind([keys[0], 1])]
+
+
+@pytest.mark.parametrize("places", [500, [0, -501], 1.0, [1.0], MASK[:5], b"x", {1}, 10**30])
+def test_what_is_no_place_is_an_index_error(array, places):
+    with pytest.raises(IndexError):
+        array[places]
+
+
+def test_unknown_keys_are_refused_with_the_closest_one(array):
+    key = array.keys[400]
+    with pytest.raises(UnknownNameError, match=f"did you mean '{key}'.*{key}.*500 in all"):
+        array[f"{key[:-1]}!"]
     with pytest.raises(UnknownNameError, match="unknown key 'nope'"):
         array["nope"]
-    with pytest.raises(IndexError):
-        array[500]
+
+
+def test_an_unknown_slide_has_no_index(slides):
+    bags = SlideBags(slides)
+    assert bags.slides[bags.index("two")] == "two"
+    with pytest.raises(UnknownNameError, match="unknown slide 'tow'; did you mean 'two'"):
+        bags.index("tow")

@@ -175,22 +175,33 @@ class LatentArray(Dataset[Tensor]):
         known = self.find_places()
         for key in keys:
             if key not in known:
-                raise unknown_name("key", key, list(known)[:8])
+                raise unknown_name("key", str(key), known)
         return torch.tensor([known[key] for key in keys], dtype=torch.int64)
 
+    def find(self, indices: Any) -> Tensor:
+        """Places of what numpy would take as an index of the array, or of keys."""
+        if isinstance(indices, Tensor):
+            indices = indices.cpu().numpy()
+        chosen = list(indices) if isinstance(indices, tuple) else indices
+        names = np.asarray(None if isinstance(chosen, slice) else chosen)
+        if names.dtype.kind in "OTU" and isinstance(next(iter(names.flat), ""), str):
+            return self.index(names.ravel().tolist()).reshape(names.shape)
+        rows = self.rows.numpy()  # ascending
+        return torch.as_tensor(np.searchsorted(rows, rows[chosen]))
+
     @torch.no_grad()
-    def __getitem__(self, indices: Tensor | np.ndarray | slice | int | str | list[Any]) -> Tensor:
-        """Patches by place or key: (B, ...), without B for a single place or key."""
-        if isinstance(indices, str):
-            return self[int(self.index([indices]))]
-        is_number = isinstance(indices, (int, np.integer))
-        if is_number or (isinstance(indices, Tensor) and not indices.ndim):
-            place = range(len(self))[int(indices)]  # type: ignore[arg-type]
-            return self[place : place + 1][0]
-        names = isinstance(indices, list) and indices and isinstance(indices[0], str)
-        places = self.index(indices) if names else indices  # type: ignore[arg-type]
-        if not isinstance(places, slice):
-            places = torch.as_tensor(places)
+    def __getitem__(
+        self, indices: Tensor | np.ndarray | slice | int | str | Sequence[Any]
+    ) -> Tensor:
+        """Patches by place, as numpy indexes, or by key: (B, ...), without B for a single one."""
+        if isinstance(indices, slice) and (indices.step or 1) > 0:
+            return self.decoded(indices)
+        places = self.find(indices)
+        found = self.decoded(places.reshape(-1))
+        return found.reshape(*places.shape, *found.shape[1:])
+
+    def decoded(self, places: Tensor | slice) -> Tensor:
+        """Patches (B, ...) by place."""
         codes = self.stored(places)
         return codes if self.decoder is None else self.decoder(codes, self.books(places))
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.processes import choose_device, shared_zeros
 from latentds.core.randomness import key_of, shuffled
-from latentds.errors import InputError
+from latentds.errors import InputError, unknown_name
 from latentds.loading.batch import Vocabulary, check_codes, check_group
 from latentds.loading.decoding import (
     DECODES,
@@ -194,7 +194,9 @@ class SlideBags(Dataset[Bag]):
         return np.sort(rows[shuffled(len(rows), key)[: self.max_patches]])
 
     def index(self, slide: str) -> int:
-        """Index of a slide."""
+        """Index of a slide; UnknownNameError for one that has no bag."""
+        if slide not in self.slides:
+            raise unknown_name("slide", slide, self.slides)
         return self.slides.index(slide)
 
     def decode(self, bag: Bag, chunk: int = DECODE_CHUNK) -> Iterator[Tensor]:

@@ -143,6 +143,8 @@ def test_rows_and_conditions_choose_together(shared_dataset):
         ),
         ([-1], r"\(row -1\)"),
         ([0.5], "of float64"),
+        (5, "of int64 ..; row numbers are wanted"),
+        ({1, 2}, "of object ..; row numbers are wanted"),
         (np.ones(500, bool), "of bool .500,.; row numbers are wanted"),
         ([], "Select.rows=... chooses no patch of split 'train'"),
     ],

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from latentds.errors import InputError, LatentdsError, UnknownNameError, unknown_name
+from latentds.core.randomness import digest_of
 from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
@@ -159,6 +160,23 @@ def test_balanced_draws_show_every_group_equally_often(labelled, by):
     _, columns = truth(labelled)
     data = LatentDataset(labelled, select=Select(balance=by), shuffle=True, batch_size=100)
     rows = np.concatenate([data.batch(e, n).rows for e in range(8) for n in range(len(data))])
+@pytest.mark.parametrize("kind", [list, set, tuple, np.array, iter, lambda s: [*s, *s]])
+def test_equal_lists_of_slides_are_one_selection(labelled, kind):
+    wanted = Select(slides=SLIDES[2:5])
+    state = LatentDataset(labelled, select=wanted).state_dict()
+    assert state["selection"] == digest_of([None, SLIDES[2:5]])  # as states have always had it
+    select = Select(slides=kind(SLIDES[4:1:-1]))
+    assert select == wanted
+    LatentDataset(labelled, select=select).load_state_dict(state)
+    assert len(LatentArray(labelled, decode="codes", select=select)) == 75
+
+
+@pytest.mark.parametrize("slides", ["TCGA", [1, 2], [None]])
+def test_what_is_no_list_of_slides_is_refused(slides):
+    with pytest.raises(ValueError, match="slides=.*; a list of names is wanted"):
+        Select(slides=slides)
+
+
     groups, counts = np.unique(columns[by][rows], return_counts=True)
     assert len(groups) == len(set(columns[by]))
     assert counts.max() - counts.min() <= len(rows) * 0.04  # the last block of 1,024 is not full

@@ -95,13 +95,12 @@ class LatentDataset(IterableDataset[Batch]):
         self.sets = [ShardSet(part, cache=cache) for part in folders_of(folder)]
         self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
         self.where, self.balance = select.where, select.balance
-        self.slides = None if select.slides is None else list(select.slides)
-        chosen = [self.where, self.slides]
+        self.rank, self.world_size = find_rank(order.rank, order.world_size)
+        self.samplers = [self.set_sampler(index, select) for index in range(len(self.sets))]
+        chosen = [self.where, select.slides]
         if select.rows is not None:
             chosen.append(np.sort(np.asarray(select.rows)).tolist())
         self.selection = None if chosen == [None, None] else digest_of(chosen)
-        self.rank, self.world_size = find_rank(order.rank, order.world_size)
-        self.samplers = [self.set_sampler(index, select) for index in range(len(self.sets))]
         self.sampler: Sampler = self.samplers[0]
         if self.mixture is not None:
             warn_of_fields(self.sets, split)
@@ -133,9 +132,7 @@ class LatentDataset(IterableDataset[Batch]):
     def set_sampler(self, index: int, select: Select) -> SetSampler:
         """The sampler of one set; a mixture's sets must not run through like orders."""
         shards, seed = self.sets[index], self.seed + (index << 32)
-        rows = None
-        if self.selection is not None:
-            rows = select_rows(shards, self.split, self.where, self.slides, select.rows, self.sets)
+        rows = select_rows(shards, self.split, self.where, select.slides, select.rows, self.sets)
         if self.balance is None:
             return PackSampler(shards, self.split, rows, seed, self.shuffle)
         rows = np.arange(*shards.patch_range(self.split)) if rows is None else rows

@@ -45,7 +45,7 @@ class Select:
 
     where    condition on label, slide, patient, x, y, mpp, size_px, as in
              "label == 'TUM' and mpp < 0.6"
-    slides   names of the slides to use
+    slides   names of the slides to use, in any order
     balance  "label", "slide" or "patient": draw every one equally often, with shuffle=True
     class_to_idx   the number of every class name, for a head that was trained with others than the
                    set's own; all names of the set must be there
@@ -58,6 +58,15 @@ class Select:
     balance: str | None = None
     class_to_idx: Mapping[str, int] | None = None
     rows: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.slides is None:
+            return
+        listed = list(self.slides)
+        if isinstance(self.slides, str) or not all(isinstance(name, str) for name in listed):
+            raise ValueError(f"slides={self.slides!r}; a list of names is wanted")
+        # States hold the digest of this, which is to be one for equal choices.
+        object.__setattr__(self, "slides", sorted({str(name) for name in listed}))
 
     def unbalanced(self, reader: str) -> tuple[str | None, Sequence[str] | None, Any]:
         """`where`, `slides` and `rows`; ValueError for a balance where nothing is drawn."""

@@ -1,10 +1,11 @@
 """Conditions on columns, slide lists, balanced draws, splits by patient: from the tables alone."""
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 
-from latentds.errors import InputError, LatentdsError, UnknownNameError, unknown_name
 from latentds.core.randomness import digest_of
+from latentds.errors import InputError, LatentdsError, UnknownNameError, unknown_name
 from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
@@ -96,17 +97,34 @@ def test_condition_chooses_what_numpy_chooses(labelled, where):
         "not " * 5000 + "x == 1",
         "x[0] == 1",
         "f'{x}' == 'a'",
+        "label in []",
+        "x == 99999999999999999999",
+        "mpp in [-99999999999999999999]",
+        "x in [None, 1]",
+        "x in {[]}",
+        "mpp is None or slide.startswith('a\\ud800')",
+        " or ".join(["x == 1"] * 20_000),
+        " or ".join(["slide.startswith('a')"] * 20_000),
+        b"x == 1",
+        5,
+        ["x == 1"],
+        pc.field("x") == 1,
     ],
 )
 def test_what_is_no_condition_is_refused(labelled, where):
-    with pytest.raises(InputError, match="where="):
+    with pytest.raises(InputError, match="where=.*; (it knows comparisons|ShardSet.table)") as told:
         select_rows(ShardSet(labelled), "train", where)
+    assert len(str(told.value)) < 600 or "not not" in str(where)
+
+
+def test_a_name_is_in_no_empty_list(labelled):
+    assert len(select_rows(ShardSet(labelled), "train", "label not in []")) == 200
 
 
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("lable == 'a'", "unknown column 'lable'; did you mean 'label'"),
+        ("lable == 'a'", "where=.*lable == 'a'.*: unknown column 'lable'; did you mean 'label'"),
         ("label == 'aa'", "unknown label 'aa'.*known: a, b"),
         ("slide in ['nope']", "unknown slide 'nope'"),
         ("key == 'x'", "unknown column 'key'"),
@@ -142,6 +160,23 @@ def test_slide_lists_choose_their_patches(labelled):
         LatentDataset(labelled, select=Select(slides=["x"]))
 
 
+@pytest.mark.parametrize("kind", [list, set, tuple, np.array, iter, lambda s: [*s, *s]])
+def test_equal_lists_of_slides_are_one_selection(labelled, kind):
+    wanted = Select(slides=SLIDES[2:5])
+    state = LatentDataset(labelled, select=wanted).state_dict()
+    assert state["selection"] == digest_of([None, SLIDES[2:5]])  # as states have always had it
+    select = Select(slides=kind(SLIDES[4:1:-1]))
+    assert select == wanted
+    LatentDataset(labelled, select=select).load_state_dict(state)
+    assert len(LatentArray(labelled, decode="codes", select=select)) == 75
+
+
+@pytest.mark.parametrize("slides", ["TCGA", [1, 2], [None]])
+def test_what_is_no_list_of_slides_is_refused(slides):
+    with pytest.raises(ValueError, match="slides=.*; a list of names is wanted"):
+        Select(slides=slides)
+
+
 def test_selection_reads_no_shard(labelled, monkeypatch):
     def refuse(*_):
         raise AssertionError("a shard was opened")
@@ -160,23 +195,6 @@ def test_balanced_draws_show_every_group_equally_often(labelled, by):
     _, columns = truth(labelled)
     data = LatentDataset(labelled, select=Select(balance=by), shuffle=True, batch_size=100)
     rows = np.concatenate([data.batch(e, n).rows for e in range(8) for n in range(len(data))])
-@pytest.mark.parametrize("kind", [list, set, tuple, np.array, iter, lambda s: [*s, *s]])
-def test_equal_lists_of_slides_are_one_selection(labelled, kind):
-    wanted = Select(slides=SLIDES[2:5])
-    state = LatentDataset(labelled, select=wanted).state_dict()
-    assert state["selection"] == digest_of([None, SLIDES[2:5]])  # as states have always had it
-    select = Select(slides=kind(SLIDES[4:1:-1]))
-    assert select == wanted
-    LatentDataset(labelled, select=select).load_state_dict(state)
-    assert len(LatentArray(labelled, decode="codes", select=select)) == 75
-
-
-@pytest.mark.parametrize("slides", ["TCGA", [1, 2], [None]])
-def test_what_is_no_list_of_slides_is_refused(slides):
-    with pytest.raises(ValueError, match="slides=.*; a list of names is wanted"):
-        Select(slides=slides)
-
-
     groups, counts = np.unique(columns[by][rows], return_counts=True)
     assert len(groups) == len(set(columns[by]))
     assert counts.max() - counts.min() <= len(rows) * 0.04  # the last block of 1,024 is not full

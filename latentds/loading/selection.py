@@ -6,18 +6,21 @@ Reads the table, never a shard. A condition is parsed, never evaluated as code.
 from __future__ import annotations
 
 import ast
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from latentds.errors import InputError, unknown_name
+from latentds.errors import InputError, UnknownNameError, first_words, unknown_name
 from latentds.sources import image_folder, names
 from latentds.sources.names import patient_of
 from latentds.store.reader import ShardSet
 
 BLOCK_ROWS = 1 << 20
+SHOWN = 300  # characters of a condition that an error repeats
+COMPARED = 1000  # comparisons; Arrow's stack overflows between 3,000 and 20,000
 NAMES = ("label", "slide", "patient")  # columns of names, by number in the table
 NUMBERS = ("x", "y", "mpp", "size_px")
 GRAMMAR = "comparisons of columns with values, 'in' lists, 'is None', and, or, not, startswith"
@@ -78,7 +81,9 @@ def select_rows(
         others = "Select(slides=[...])" if slides is not None else "Select(rows=[])"
         what = f"where={where!r}" if where is not None else others
         within = "the set" if split is None else f"split {split!r}"
-        raise InputError(f"{shards.folder}: {what} chooses no patch of {within}")
+        raise InputError(
+            f"{shards.folder}: {what} chooses no patch of {within}; ShardSet.table() lists them"
+        )
     return found
 
 
@@ -151,25 +156,32 @@ class Parser:
 
     def expression(self) -> Any:
         """The whole condition."""
+        if not isinstance(self.where, str):
+            raise self.refuse("not a text")
         try:
             tree = ast.parse(self.where.strip(), mode="eval")
+            if sum(isinstance(node, ast.cmpop | ast.Call) for node in ast.walk(tree)) > COMPARED:
+                raise self.refuse(f"more than {COMPARED:,} comparisons; list values by 'in [...]'")
             return self.parse(tree.body)
-        except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
-            raise self.refuse(f"not a condition ({error})") from error
+        except UnknownNameError as error:
+            raise UnknownNameError(f"where={self.shown()}: {error}") from error
+        except (SyntaxError, RecursionError, MemoryError, ValueError, TypeError) as error:
+            raise self.refuse(f"not a condition ({first_words(error)})") from error
+
+    def shown(self) -> str:
+        """The condition, the start of a long one."""
+        text = repr(self.where)
+        return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
     def refuse(self, reason: str) -> InputError:
         """The error for this condition."""
-        return InputError(f"where={self.where!r}: {reason}; it knows {GRAMMAR}")
+        return InputError(f"where={self.shown()}: {reason}; it knows {GRAMMAR}")
 
     def parse(self, node: ast.expr) -> Any:
         """A node that is true or false."""
         if isinstance(node, ast.BoolOp):
-            parts = [self.parse(value) for value in node.values]
             join = operator.and_ if isinstance(node.op, ast.And) else operator.or_
-            whole = parts[0]
-            for part in parts[1:]:
-                whole = join(whole, part)
-            return whole
+            return functools.reduce(join, map(self.parse, node.values))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             return ~self.parse(node.operand)
         if isinstance(node, ast.Compare):
@@ -181,11 +193,8 @@ class Parser:
     def parse_comparison(self, node: ast.Compare) -> Any:
         """`column < value`, turned round, or chained."""
         sides = [node.left, *node.comparators]
-        whole = None
-        for left, op, right in zip(sides, node.ops, sides[1:], strict=False):
-            part = self.parse_pair(left, op, right)
-            whole = part if whole is None else whole & part
-        return whole
+        pairs = zip(sides, node.ops, sides[1:], strict=False)
+        return functools.reduce(operator.and_, [self.parse_pair(*pair) for pair in pairs])
 
     def parse_pair(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> Any:
         """One comparison of a column with a value."""
@@ -203,7 +212,8 @@ class Parser:
             return field.is_null() if isinstance(op, ast.Is) else field.is_valid()
         if isinstance(op, (ast.In, ast.NotIn)) and isinstance(value, list):
             self.check_values(name, value)
-            found = field.isin(pa.array(value, pa.float32()) if name == "mpp" else value)
+            kind = pa.string() if name in NAMES else pa.float32() if name == "mpp" else None
+            found = field.isin(pa.array(value, kind))
             return found if isinstance(op, ast.In) else ~found & field.is_valid()
         if type(op) not in COMPARISONS or isinstance(value, list) or value is None:
             raise self.refuse(f"{name} cannot be compared so")
@@ -244,18 +254,21 @@ class Parser:
             raise self.refuse(f"{ast.unparse(node)!r} is not a value") from error
         value = list(value) if isinstance(value, (tuple, set)) else value
         for part in value if isinstance(value, list) else [value]:
-            if part is not None and (isinstance(part, bool) or type(part) not in (str, int, float)):
+            if part is not None and type(part) not in (str, int, float):
                 raise self.refuse(f"{part!r} is neither a text nor a number")
+            if type(part) is int and abs(part) >= 1 << 63:
+                raise self.refuse("a whole number of more than 64 bits; write a smaller one")
         return value
 
     def check_values(self, name: str, values: list[Any]) -> None:
         """Refuse a misspelt name, which would silently choose nothing, and texts for numbers."""
+        is_name = name in NAMES
+        known = {n for each in self.sets for n in names_of(each, name)} if is_name else set[str]()
         for value in values:
-            if isinstance(value, str) is not (name in NAMES):
-                kind = "texts" if name in NAMES else "numbers"
+            if value is None or isinstance(value, str) is not is_name:
+                kind = "texts" if is_name else "numbers"
                 raise self.refuse(f"{name} holds {kind}, not {value!r}")
-            if name in NAMES and not any(value in names_of(each, name) for each in self.sets):
-                known = {known for each in self.sets for known in names_of(each, name)}
+            if is_name and value not in known:
                 raise unknown_name(name, value, known)
 
 

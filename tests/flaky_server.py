@@ -21,7 +21,8 @@ class FlakyServer(ClosingServer):
 
     Faults: "drop" (half the body, connection closed), "short" (fewer bytes than asked, all well by
     its header), "wrong" (other bytes), a status such as 429 (with `retry_after`), "whole" (ignores
-    Range). The last one repeats for ever where it ends in "!".
+    Range), "silent" (no answer until the server ends). The last one repeats for ever where it ends
+    in "!".
 
     Also answers as much of the Hub's API as resolving a revision takes, for org/name@main.
     """
@@ -31,7 +32,7 @@ class FlakyServer(ClosingServer):
         self.root, self.retry_after = root, "0"
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.requests: Counter[str] = Counter()
-        self.sent = 0
+        self.sent, self.is_ending = 0, threading.Event()
         self.tokens: set[str] = set()
 
     @property
@@ -62,6 +63,8 @@ class Handler(BaseHTTPRequestHandler):
         path = path.removeprefix(f"datasets/org/name/resolve/{COMMIT}/")
         self.server.requests[path] += 1
         fault = self.server.next_fault(path)
+        if fault == "silent":
+            self.server.is_ending.wait()
         if fault.isdigit():
             return self.answer(int(fault), b"busy", {"retry-after": self.server.retry_after})
         file = self.server.root / path
@@ -105,5 +108,6 @@ def serving(root: Path) -> Iterator[FlakyServer]:
     try:
         yield server
     finally:
+        server.is_ending.set()
         server.shutdown()
         server.server_close()

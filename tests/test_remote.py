@@ -137,6 +137,39 @@ def test_a_set_that_does_not_open_leaves_no_thread_that_asks_on(server, cache):
     assert not [each for each in threading.enumerate() if each.name.startswith("latentds-tables")]
 
 
+def test_a_set_that_does_not_open_does_not_wait_for_its_other_tables(server, cache):
+    for path in (PATCHES_TABLE, DIGESTS):
+        server.faults[path], server.retry_after = ["503"] * 4, "10"
+    server.faults[PACKS_TABLE] = ["403!"]
+    start = time.monotonic()
+    with pytest.raises(InputError, match="403"):
+        ShardSet(server.url, cache=cache)
+    assert time.monotonic() - start < 9
+
+
+def read_for_ever(url: str, folder: Path) -> None:
+    ShardSet(url, cache=CacheConfig(dir=folder)).read_codes(np.arange(600))
+
+
+@pytest.mark.parametrize("fault", ["503", "silent"])
+@pytest.mark.parametrize(("paths", "requests"), [((PATCHES_TABLE, DIGESTS), 2), ((SHARD,), 16)])
+def test_an_interrupted_process_ends_whatever_its_server_does(
+    processes, server, cache, fault, paths, requests
+):
+    server.faults |= {path: [f"{fault}!"] for path in paths}
+    reader = processes.Process(target=read_for_ever, args=(server.url, cache.dir))
+    reader.start()
+    try:
+        while sum(server.requests[path] for path in paths) < requests:
+            time.sleep(0.02)
+        os.kill(reader.pid, signal.SIGINT)
+        reader.join(20)  # a second; a minute where its threads are waited for
+        assert reader.exitcode == 1
+    finally:
+        reader.kill()
+        reader.join()
+
+
 def test_damaged_packs_of_a_location_are_replaced_as_in_a_folder(dataset, cache):
     shards = ShardSet(dataset)
     for pack in (1, 5):

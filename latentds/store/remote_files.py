@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -241,8 +240,7 @@ class RemoteFiles:
 
         def fill(extent: Extent) -> None:
             self.waiting -= 1
-            if threading.main_thread().is_alive():  # a process that ends waits for its threads
-                self.fill(extent, attempts=1)  # should it fail, the read will meet it and say so
+            self.fill(extent, attempts=1)  # should it fail, the read will meet it and say so
 
         for extent in extents:
             if not self.offline and self.waiting < MAX_PENDING:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,9 +170,7 @@ class PackTable:
         self.first_pack = np.cumsum([0, *(shard.packs for shard in shards)])
         firsts = self.first_patches = np.cumsum([0, *(shard.patches for shard in shards)])
         self.room = np.array([shard.bytes for shard in shards], np.uint64)
-        with ThreadPoolExecutor(2, "latentds-tables") as pool:  # its threads end here, also failing
-            if isinstance(files, RemoteFiles):
-                self.fetch_others(files, pool)
+        with self.fetching_others():
             self.rows = open_table(files, manifest, PACKS_TABLE)
         if manifest.pack_patches is not None:
             self.spans = Spans(firsts, self.first_pack, manifest.pack_patches)
@@ -184,14 +183,23 @@ class PackTable:
         if self.rows.sums is None:
             self.rows[:]
 
-    def fetch_others(self, files: RemoteFiles, pool: ThreadPoolExecutor) -> None:
-        """Begin to fetch the other tables, or their headers; what fails is told when it is used."""
-        for name in self.manifest.tables.keys() & {PATCHES_TABLE, DIGESTS}:
-            entry = self.manifest.tables[name]
-            sums = block_sums(entry, rows_of(self.manifest, name))
-            if "blocks" not in entry:  # else its sums are in the pack table
-                # Not opened there: Python 3.11 fails where two threads parse (headers) at once.
-                pool.submit(files.table, name, self.manifest, sums)
+    @contextlib.contextmanager
+    def fetching_others(self) -> Iterator[None]:
+        """Beside the block fetch the other tables, or their headers, unless the block fails.
+
+        What fails of them is told when it is used.
+        """
+        files, tables = self.files, self.manifest.tables
+        if not isinstance(files, RemoteFiles):
+            yield
+            return
+        with ThreadPoolExecutor(2, "latentds-tables") as pool, files.transport.given_up_together():
+            for name in tables.keys() & {PATCHES_TABLE, DIGESTS}:
+                sums = block_sums(tables[name], rows_of(self.manifest, name))
+                if "blocks" not in tables[name]:  # else its sums are in the pack table
+                    # Not opened there: Python 3.11 fails where two threads parse (headers) at once.
+                    pool.submit(files.table, name, self.manifest, sums)
+            yield
 
     @functools.cached_property
     def digests(self) -> Table | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import hashlib
 import logging
@@ -10,9 +11,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, thread, wait
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -26,6 +26,7 @@ ATTEMPTS = 8
 FIRST_DELAY_S, LAST_DELAY_S, LONGEST_WAIT_S = 0.5, 60.0, 300.0  # a minute of waiting in all
 TIMEOUT_S = (10, 60)  # connect, between two reads
 HEADERS_S = 75.0  # for an answer to begin, the above together
+LOOK_S = 0.2  # between looks whether what is waited for is still wanted
 GRACE_S, LEAST_RATE = 30.0, 2048  # of a body: bytes a second, by all that came after the grace
 DIGITS = re.compile(r"[0-9]{1,18}")
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-")
@@ -80,6 +81,7 @@ class Transport:
         if self.hub and COMMIT.fullmatch(self.hub[2] or ""):
             self.revision = self.hub[2]
         self.local = threading.local()
+        self.is_given_up = False
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name != "local"}
@@ -89,10 +91,25 @@ class Transport:
         self.__dict__.update(state)
         self.local = threading.local()  # connections are not carried to another process
 
+    @contextlib.contextmanager
+    def given_up_together(self) -> Iterator[None]:
+        """Where the block fails, other threads give up what they read here."""
+        try:
+            yield
+        except BaseException:
+            self.is_given_up = True
+            raise
+
+    def check_wanted(self) -> None:
+        """Refuse to go on for nobody: a process that ends waits for its threads."""
+        # Python joins the threads of pools while its main thread is alive, and tells by this alone.
+        if self.is_given_up or thread._shutdown:
+            raise InputError(f"{self.shown}: given up, nobody waits for it any more")
+
     def resolve(self) -> None:
         """Ask the Hub which commit the revision is; nothing elsewhere."""
         if self.hub and self.revision is None:
-            self.revision = retry(self.ask_hub, self.shown)
+            self.revision = self.retry(self.ask_hub, self.shown)
 
     def ask_hub(self) -> str:
         """The commit of a branch, tag or pull request."""
@@ -165,7 +182,7 @@ class Transport:
                 raise TransientError("wrong hash", 0.0)
             return content
 
-        read: bytes = retry(attempt, where, attempts)
+        read: bytes = self.retry(attempt, where, attempts)
         return read
 
     def download(self, name: str, path: Path, size: int, digest: str) -> None:
@@ -191,12 +208,56 @@ class Transport:
             "publisher"
         )
 
-    def fetch(self, name: str, start: int, size: int | None, limit: int) -> bytes:
-        if self.hub or self.location.startswith(("https://", "http://")):
-            return self.fetch_http(self.url(name), start, size, limit)
-        return self.fetch_fsspec(join(self.location, name), start, size, limit)
+    def retry(self, attempt: Callable[[], Any], where: str, attempts: int = ATTEMPTS) -> Any:
+        """What the first try that works gives; waits longer each time, or as long as told."""
+        delay = FIRST_DELAY_S
+        for number in range(1, attempts + 1):
+            self.check_wanted()
+            try:
+                return attempt()
+            except TransientError as error:
+                if number == attempts or (error.wait_s or 0) > LONGEST_WAIT_S:
+                    raise InputError(
+                        f"{where}: {error}, after {number} tries; check the network and go on: "
+                        "what is fetched is kept"
+                    ) from error
+                pause = max(error.wait_s or 0.0, delay * random.uniform(0.5, 1.5))
+                logger.debug("%s: %s; again in %.1f s", where, error, pause)
+            end = time.monotonic() + pause
+            while (left := end - time.monotonic()) > 0:
+                self.check_wanted()
+                time.sleep(min(left, LOOK_S))
+            delay = min(delay * 2, LAST_DELAY_S)
 
-    def fetch_http(self, url: str, start: int, size: int | None, limit: int) -> bytes:
+    def fetch(self, name: str, start: int, size: int | None, limit: int) -> bytes:
+        """A range or a file, asked for once; TransientError where nothing comes in HEADERS_S.
+
+        Asked for by a thread that is left behind then: a socket's timeout ends only its silence.
+        """
+        is_http = self.hub is not None or self.location.startswith(("https://", "http://"))
+        url = self.url(name) if is_http else join(self.location, name)
+        client, read = self.client(url, is_http), self.fetch_http if is_http else self.fetch_fsspec
+        future, has_begun = Future[bytes](), threading.Event()
+
+        def ask() -> None:
+            try:
+                future.set_result(read(client, url, start, size, limit, has_begun))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True).start()
+        deadline = time.monotonic() + HEADERS_S
+        while not wait([future], LOOK_S).done:
+            self.check_wanted()
+            if time.monotonic() > deadline and not has_begun.is_set():
+                self.local.pid = None  # its connections are the other thread's now
+                raise TransientError(f"no answer in {HEADERS_S:g} s")
+        return future.result()
+
+    def fetch_http(
+        self, session: Any, url: str, start: int, size: int | None, limit: int,
+        has_begun: threading.Event,
+    ) -> bytes:  # fmt: skip
         """A range by HTTP, never more than asked for."""
         from http.client import HTTPException
 
@@ -205,67 +266,47 @@ class Transport:
         wanted = {"range": f"bytes={start}-{start + size - 1}"} if size is not None else {}
         headers = self.headers | wanted | {"accept-encoding": "identity"}
         try:
-            with self.answer(url, headers) as answer:
+            with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
+                has_begun.set()
                 check_answer(answer, shown(url), None if size is None else start)
                 return read_body(answer, shown(url), size if size is not None else limit)
         except FileNotFoundError:
             raise
-        # Their texts have the address, token and all. RequestException is an OSError.
-        except (OSError, HTTPError, HTTPException) as error:
+        # Their texts have the address, token and all. RequestException is an OSError, that of an
+        # address in a redirect a ValueError.
+        except (OSError, HTTPError, HTTPException, ValueError) as error:
             raise TransientError(type(error).__name__) from None
 
-    def answer(self, url: str, headers: dict[str, str]) -> Any:
-        """The start of a response; TransientError where its headers take longer than HEADERS_S.
-
-        Asked by a thread that is left behind then: a socket's timeout ends only its silence.
-        """
-        future: Future[Any] = Future()
-        session = self.session()
-
-        def ask() -> None:
-            try:
-                future.set_result(session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S))
-            except ValueError as error:  # an address in a redirect; some of requests' are OSErrors
-                kind = type(error).__name__
-                is_network = isinstance(error, OSError)
-                future.set_exception(error if is_network else TransientError(kind))
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=ask, daemon=True).start()
-        try:
-            return future.result(HEADERS_S)
-        except FutureTimeoutError:
-            if future.done():  # the connection's own timeout, of the same name in Python 3.11
-                raise
-            self.local.pid = None  # its connections are the other thread's now
-            raise TransientError(f"no answer in {HEADERS_S:g} s") from None
-
-    def session(self) -> Any:
-        """This thread's connections, in this process."""
-        import requests
-
+    def client(self, url: str, is_http: bool) -> Any:
+        """This thread's connections or file system, in this process: none survives a fork."""
         if getattr(self.local, "pid", None) != os.getpid():
-            self.local.pid, self.local.session = os.getpid(), requests.Session()
-        return self.local.session
+            if is_http:
+                import requests
 
-    def fetch_fsspec(self, url: str, start: int, size: int | None, limit: int) -> bytes:
-        import fsspec
+                made: Any = requests.Session()
+            else:
+                import fsspec
 
+                try:
+                    made, _ = fsspec.core.url_to_fs(url, skip_instance_cache=True)
+                except ImportError as error:
+                    raise unopenable(url, error) from error
+            self.local.pid, self.local.client = os.getpid(), made
+        return self.local.client
+
+    def fetch_fsspec(
+        self, filesystem: Any, url: str, start: int, size: int | None, limit: int,
+        has_begun: threading.Event,
+    ) -> bytes:  # fmt: skip
+        """A range by a file system of fsspec, whose own limits of time count."""
+        has_begun.set()
         try:
-            if getattr(self.local, "pid", None) != os.getpid():
-                # An event loop does not survive a fork: every process has a file system of its own.
-                made, _ = fsspec.core.url_to_fs(url, skip_instance_cache=True)
-                self.local.pid, self.local.filesystem = os.getpid(), made
-            filesystem = self.local.filesystem
             path = filesystem._strip_protocol(url)
             if size is None and (found := filesystem.size(path) or 0) > limit:
                 raise FormatError(f"{shown(url)}: {found} bytes, more than {limit}; refused")
             content: bytes = filesystem.cat_file(
                 path, start=start, end=None if size is None else start + size
             )
-        except ImportError as error:
-            raise unopenable(url, error) from error
         except (FileNotFoundError, PermissionError) as error:
             raise judge(
                 404 if isinstance(error, FileNotFoundError) else 403, {}, shown(url)
@@ -357,21 +398,3 @@ def read_body(answer: Any, where: str, most: int) -> bytes:
     if expected is not None and got != expected:
         raise TransientError(f"{got} of {expected} bytes came")
     return b"".join(parts)
-
-
-def retry(attempt: Callable[[], Any], where: str, attempts: int = ATTEMPTS) -> Any:
-    """The result of the first try that works; waits longer each time, or as long as it is told."""
-    delay = FIRST_DELAY_S
-    for number in range(1, attempts + 1):
-        try:
-            return attempt()
-        except TransientError as error:
-            if number == attempts or (error.wait_s or 0) > LONGEST_WAIT_S:
-                raise InputError(
-                    f"{where}: {error}, after {number} tries; check the network and go on: what is "
-                    "fetched is kept"
-                ) from error
-            wait = max(error.wait_s or 0.0, delay * random.uniform(0.5, 1.5))
-            logger.debug("%s: %s; again in %.1f s", where, error, wait)
-            time.sleep(wait)
-            delay = min(delay * 2, LAST_DELAY_S)

@@ -107,6 +107,14 @@ def test_a_fault_that_stays_is_named(server, cache, fault, error, message):
     assert remote.read_codes(np.array([0])).shape == (1, 3, 4, 4)
 
 
+def test_a_table_that_is_not_there_is_named_by_its_address(server, cache):
+    server.faults[PACKS_TABLE] = ["404!"]
+    told = f"{server.url}/{PACKS_TABLE}: not there (404); check the address, tell its publisher"
+    with pytest.raises(FileNotFoundError) as raised:
+        ShardSet(server.url, cache=cache)
+    assert str(raised.value) == told
+
+
 def test_refusals_are_not_tried_again(server, cache):
     remote = ShardSet(server.url, cache=cache)
     server.faults[SHARD] = ["403!"]

@@ -51,11 +51,15 @@ Kind = type | tuple[type, ...]
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an OSError the file it happened to: a write that finds the disk full does not say."""
+    """Give an OSError the file it happened to: a write that finds the disk full does not say.
+
+    One without a number is not the system's: its own words say all.
+    """
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
         raise
 
 

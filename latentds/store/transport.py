@@ -323,7 +323,7 @@ class Transport:
 def judge(status: int, headers: Any, where: str) -> Exception:
     """What an HTTP status means for us."""
     if status == 404:
-        return FileNotFoundError(f"{where}: not there (404)")
+        return FileNotFoundError(f"{where}: not there (404); check the address, tell its publisher")
     if status in (401, 403):
         return InputError(
             f"{where}: access refused ({status}); log in ('hf auth login', cloud credentials) or "

@@ -1,8 +1,12 @@
 """A large patch table of a location: read as the folder's, fetched by parts, each once a node."""
 
+import contextlib
+import ctypes
 import errno
 import os
+import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -188,7 +192,7 @@ def test_offline_what_is_there_is_read_and_the_rest_is_named(folder, server, cac
     ShardSet(server.url, cache=cache).patches[ROWS]
     offline = ShardSet(server.url, cache=CacheConfig(dir=cache.dir, offline=True))
     assert same(offline.patches[ROWS], expected)
-    with pytest.raises(InputError, match=f"{PATCHES_TABLE}: not in the cache, and offline"):
+    with pytest.raises(InputError, match=f"{PATCHES_TABLE}: offline, and not in the cache"):
         offline.patches[100]
 
 
@@ -202,12 +206,55 @@ def test_a_table_that_lies_there_whole_is_read_offline(folder, server, cache, mo
     assert same(offline.patches[:], ShardSet(folder).patches[:])
 
 
+@contextlib.contextmanager
+def only_read(folder: Path):
+    """A folder of another user, who lets us read: this thread of root's is nobody for files."""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    user = os.geteuid()
+    become = ctypes.CDLL(None).setfsuid if user == 0 else lambda _: None
+    become(65534)
+    try:
+        yield
+    finally:
+        become(user)
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o755)
+
+
+@pytest.fixture
+def open_folder():
+    """An empty folder below none that only its owner may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("whole", [0, 1 << 22])
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_cache_that_can_only_be_read_serves_what_is_there(
+    folder, server, open_folder, monkeypatch, whole, offline
+):
+    monkeypatch.setattr("latentds.store.remote_files.WHOLE_BYTES", whole)
+    cache = CacheConfig(dir=open_folder, offline=offline)
+    ShardSet(server.url, cache=CacheConfig(dir=open_folder)).read_codes(ROWS)
+    local = ShardSet(folder)
+    patches, codes = local.patches[ROWS], local.read_codes(ROWS)
+    told = f"{open_folder}: this cache can only be read here; give a folder that can"
+    told = f"offline, and not in the cache {open_folder}; read it once" if offline else told
+    with only_read(open_folder):
+        remote = ShardSet(server.url, cache=cache)
+        assert same(remote.patches[ROWS], patches) and same(remote.read_codes(ROWS), codes)
+        with pytest.raises(InputError, match=re.escape(told)):
+            remote.read_codes(np.array([100]))
+
+
 def test_a_full_disk_names_the_cache_and_the_remedy(server, cache, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     remote = ShardSet(server.url, cache=cache)
-    monkeypatch.setattr(latentds.store.table_parts, "write_all", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(InputError, match="disk full; set a lower cache limit"):
         remote.patches[0]
 

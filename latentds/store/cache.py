@@ -20,6 +20,8 @@ from latentds.errors import InputError
 DEFAULT_LIMIT = "50GB"
 LOCKS = 1024  # members that may be filled at once without waiting for each other
 KEPT_SHARE = 0.9  # of the limit, after an eviction
+# What writing to a cache that can only be read ends with; EBADF once a file of it is open.
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EBADF)
 STALE_S = 600  # after which an unfinished file is a killed process's
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -73,7 +75,7 @@ class Cache:
         """The file `name`, fetched by whichever process is first; others wait for it."""
         path = self.folder / name
         if path.is_file():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # evicted since, or another's
                 os.utime(path)  # used now: among the last to go
             return path
         with self.lock_of(name):
@@ -112,21 +114,30 @@ class Cache:
             write(temporary)
             temporary.replace(path)
         except BaseException as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise self.judged(error) from error
 
     def judged(self, error: BaseException) -> BaseException:
-        """An error of writing, with the remedy where the disk is full."""
+        """An error of writing, with the remedy where the disk is full or not ours."""
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return InputError(
                 f"{self.folder}: disk full; set a lower cache limit (now {self.limit:,} bytes) "
                 "or another cache folder (CacheConfig, LATENTDS_CACHE, LATENTDS_CACHE_LIMIT)"
             )
+        if isinstance(error, OSError) and error.errno in READ_ONLY:
+            return InputError(
+                f"{self.folder}: this cache can only be read here; give a folder that can be "
+                "written (CacheConfig, LATENTDS_CACHE)"
+            )
         return error
 
     def drop(self, name: str) -> None:
         """Forget a file that was found damaged."""
-        (self.folder / name).unlink(missing_ok=True)
+        try:
+            (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise self.judged(error) from error
 
     def account(self, size: int) -> None:
         """Count a new member; over the limit, evict."""
@@ -167,10 +178,22 @@ class Cache:
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Hold a lock of the node; a killed process gives it back."""
+        """Hold a lock of the node; a killed process gives it back.
+
+        None where nothing can be written: what is there is read, and what is not is told.
+        """
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            opened = path.open("a")
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            opened = None
+        if opened is None:
+            yield
+            return
+        with opened as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 yield

@@ -189,7 +189,10 @@ class RemoteFiles:
     def refuse_offline(self, name: str) -> None:
         """Say what is missing where nothing may be fetched."""
         if self.offline:
-            raise InputError(f"{self.where}/{name}: not in the cache, and offline; connect once")
+            raise InputError(
+                f"{self.where}/{name}: offline, and not in the cache {self.cache.folder}; read it "
+                "once with a connection"
+            )
 
     def member(self, extent: Extent) -> str:
         """Name in the cache."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentds.store.cache import Cache
+from latentds.store.cache import READ_ONLY, Cache
 from latentds.store.open_files import BlockSums
 
 WHOLE_BYTES = 1 << 22  # up to so many, one request for all is quicker than many for parts
@@ -54,7 +54,7 @@ class TableParts:
         cache.fill_file(f"{name}{PRESENT}", self.mark)
         self.path = cache.fill_file(name, self.make)
         self.files = [self.path, self.path.with_name(f"{self.path.name}{PRESENT}")]
-        self.descriptors = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in self.files]
+        self.descriptors = [open_to_write(path) for path in self.files]
         self.known = np.zeros(self.count, bool)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
@@ -95,7 +95,7 @@ class TableParts:
             return False
         if status.st_size != self.size or status.st_ino != os.fstat(self.descriptors[0]).st_ino:
             return False
-        write_all(self.descriptors[1], b"\0", block)
+        self.write(1, b"\0", block)
         self.known[block] = False
         return True
 
@@ -141,11 +141,18 @@ class TableParts:
                 return all(self.sums.of(view[begin:stop]) == each for begin, stop, each in ranges)
 
             content = self.fetch(start, places[-1], is_sound)
-            try:
-                write_all(self.descriptors[0], content, start)
-                write_all(self.descriptors[1], b"\1" * (end - first), first)
-            except OSError as error:
-                raise self.cache.judged(error) from error
+            self.write(0, content, start)
+            self.write(1, b"\1" * (end - first), first)
+
+    def write(self, which: int, content: bytes, offset: int) -> None:
+        """Write to one of the files at an offset."""
+        view = memoryview(content)
+        try:
+            while view:
+                count = os.pwrite(self.descriptors[which], view, offset)
+                view, offset = view[count:], offset + count
+        except OSError as error:
+            raise self.cache.judged(error) from error
 
 
 def neighbours(parts: Iterable[int], most: int) -> list[tuple[int, int]]:
@@ -165,9 +172,11 @@ def set_size(path: Path, size: int) -> None:
         file.truncate(size)
 
 
-def write_all(descriptor: int, content: bytes, offset: int) -> None:
-    """Write at an offset."""
-    view = memoryview(content)
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
+def open_to_write(path: Path) -> int:
+    """A descriptor; one to read where the cache can only be read."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -76,6 +76,19 @@ def test_hidden_pictures_are_no_tiles(own_tiles, tmp_path):
     assert picture_files(folder) == sorted(folder / p.name for p in picture_files(own_tiles))
 
 
+def test_a_folder_of_tiles_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone: no such"):
+        read_tiles(tmp_path / "gone")
+
+
+def test_linked_folders_hold_tiles_as_they_hold_pictures(own_tiles, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a").symlink_to(own_tiles, target_is_directory=True)
+    (tmp_path / "linked" / "folder.png").mkdir()
+    names = [p.name for p in picture_files(own_tiles)]
+    assert picture_files(tmp_path / "linked") == [tmp_path / "linked" / "a" / n for n in names]
+
+
 def test_a_picture_of_no_use_is_named(own_tiles, tmp_path):
     folder = Path(shutil.copytree(own_tiles, tmp_path / "tiles"))
     Image.fromarray(np.zeros((264, 264), np.uint16)).save(folder / "03.png")

@@ -30,8 +30,8 @@ from torch.nn import functional
 
 from latentds.codecs.formats import DECODE_ERRORS
 from latentds.core.storage import open_picture
-from latentds.errors import InputError, missing_extra
-from latentds.sources.image_folder import picture_suffixes
+from latentds.errors import InputError, missing_extra, no_folder
+from latentds.sources.image_folder import picture_suffixes, walk
 from latentds.sources.picture_files import read_picture
 from latentds.sources.slide_names import some
 
@@ -259,11 +259,13 @@ def is_small(path: Path) -> bool:
 
 
 def picture_files(path: Path) -> list[Path]:
-    """Pictures below a folder, sorted, hidden ones left out; a file is itself."""
+    """Pictures below a folder, sorted, hidden ones left out, links followed; a file is itself."""
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise no_folder(path)
     suffixes = picture_suffixes()
-    found = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path)}")
+    found = (path / name for name in walk(path))
     return sorted(file for file in found if file.suffix.lower() in suffixes)
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentds.edit.extracting import extract, read_splits
+from latentds.edit.extracting import extract
 from latentds.errors import InputError, UnknownNameError
 from latentds.evaluation.groups import groups_of, read_labels
 from latentds.sources.csv_tables import read_table
 from latentds.sources.names import columns_of, note_unused
+from latentds.sources.picture_tables import read_slide_table
 from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 
@@ -44,8 +45,9 @@ def test_groups_and_labels_are_read_from_all_forms(table):
 
 
 def test_splits_of_a_repacking_are_read_from_all_forms(table):
-    by, splits = read_splits(table)
-    assert by == "slide" and list(splits.values()) == ["train", "test"]
+    found = read_slide_table(table, use_labels=False)
+    splits = [facts["split"] for facts in found.facts.values()]
+    assert found.by == "slide" and splits == ["train", "test"]
 
 
 def test_splits_and_labels_of_a_conversion_are_read_from_all_forms(table, tmp_path):
@@ -130,7 +132,7 @@ def test_columns_that_nobody_reads_are_told(tmp_path):
 def test_tables_that_could_mean_two_things_are_refused(tmp_path, content, error, message):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(error, match=message):
-        read_splits(tmp_path / "t.csv")
+        read_slide_table(tmp_path / "t.csv")
 
 
 def test_clams_split_file_is_a_table_of_splits(tmp_path):

@@ -56,6 +56,26 @@ def test_a_stateful_dataloader_saved_at_an_epochs_end_goes_on(shared_dataset, wh
     assert [batch.rows.tolist() for batch in resumed] == whole
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_taken_before_an_epochs_first_batch_is_that_epochs_start(shared_dataset, workers):
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def loader():
+        data = LatentDataset(shared_dataset, **grouped(**OPTIONS))
+        options = {"batch_size": None, "num_workers": workers, "persistent_workers": workers > 0}
+        return data, torchdata.StatefulDataLoader(data, **options)
+
+    data, stopped = loader()
+    next(batches := iter(stopped)), next(batches)
+    data.set_epoch(1)
+    batches = iter(stopped)
+    state = stopped.state_dict()
+    following = [batch.rows.tolist() for batch in batches]
+    _, resumed = loader()
+    resumed.load_state_dict(state)
+    assert [batch.rows.tolist() for batch in resumed] == following and len(following) == 13
+
+
 @pytest.fixture
 def engine(monkeypatch):
     """A DeepSpeed engine on the CPU, a process on its own.

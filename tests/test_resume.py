@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from latentds.errors import ContractError
 from latentds.loading.dataset import LatentDataset
@@ -268,3 +269,58 @@ def test_loader_counts_what_was_handed_out_not_what_was_prefetched(sets):
     next(batches)
     next(batches)
     assert loader.state_dict()["batch"] == 2
+
+
+def rest_of(data) -> list[list[int]]:
+    return [batch.rows.tolist() for batch in data]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_state_of_a_dataset_always_tells_what_comes_next(shared_dataset, seed):
+    def fresh():
+        return LatentDataset(shared_dataset, batch_size=100, shuffle=True)
+
+    data, random, taken = fresh(), np.random.default_rng(seed), [fresh().state_dict()]
+    epochs = []
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        epochs.append(rest_of(data))
+    data = fresh()
+    epoch, loaded = 0, None  # what the next iteration takes, as `loaded` has it or from the start
+    for step in random.integers(0, 4, 12).tolist():
+        if step == 0:
+            epoch = int(random.integers(3))
+            loaded = loaded if loaded and loaded[0] == epoch else None
+            data.set_epoch(epoch)
+            expected = epochs[epoch] if loaded is None else epochs[epoch][loaded[1] :]
+        elif step == 1:
+            state = taken[random.integers(len(taken))]
+            data.load_state_dict(state)
+            loaded = (state["epoch"], state["batch"]) if state["batch"] < 5 else None
+            expected = epochs[loaded[0]][loaded[1] :] if loaded else epochs[epoch]
+        else:
+            (own, first), loaded = loaded or (epoch, 0), None
+            batches, count = iter(data), int(random.integers(7)) if step == 2 else 0
+            seen = rest_of(itertools.islice(batches, count))
+            assert seen == epochs[own][first:][:count]
+            expected = epochs[own][first + len(seen) :] or epochs[epoch]
+        taken.append(json.loads(json.dumps(data.state_dict())))
+        other = fresh()
+        other.set_epoch(epoch)
+        other.load_state_dict(taken[-1])
+        assert rest_of(other) == expected
+
+
+def test_a_state_loaded_before_workers_start_loses_and_repeats_nothing(shared_dataset):
+    data = LatentDataset(shared_dataset, batch_size=50, shuffle=True)
+    whole = rest_of(data)
+    next(batches := iter(data)), next(batches)
+    resumed = LatentDataset(shared_dataset, batch_size=50, shuffle=True)
+    resumed.load_state_dict(data.state_dict())
+    assert rest_of(DataLoader(resumed, batch_size=None, num_workers=3)) == whole[2:]
+
+
+def test_a_state_of_one_of_several_workers_is_refused_elsewhere(shared_dataset):
+    data = LatentDataset(shared_dataset, batch_size=50)
+    with pytest.raises(ContractError, match=r"of worker \[1, 2\], this is \[0, 1\]; take as many"):
+        data.load_state_dict(data.state_dict() | {"worker": [1, 2]})

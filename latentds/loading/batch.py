@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentds.core.processes import shared_buffer
 from latentds.core.randomness import patch_seeds
-from latentds.errors import FormatError, InputError
+from latentds.errors import FormatError, InputError, TooManyBadSamplesError
 from latentds.loading.decoding import make_integers
 from latentds.loading.options import ANSWERS, Mixture, check_mixable, warn_of_alike
 from latentds.loading.order import Drawn
@@ -360,6 +360,14 @@ def folders_of(folder: object) -> list[str | os.PathLike[str]]:
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"{folder!r}: pass a set's folder, or Mixture({{folder: weight, ...}})")
     return [folder]
+
+
+def check_bad(found: Any, max_bad: int) -> None:
+    """Raise TooManyBadSamplesError where more packs are damaged than allowed."""
+    if len(found) > max_bad:
+        raise TooManyBadSamplesError(
+            f"{len(found)} damaged packs, max_bad={max_bad}: {'; '.join(list(found)[:3])}"
+        )
 
 
 def check_group(value: object, kind: type[object], name: str) -> None:

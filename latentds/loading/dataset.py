@@ -25,11 +25,19 @@ from latentds.core.processes import (
 )
 from latentds.core.randomness import digest_of
 from latentds.core.storage import digest_json
-from latentds.errors import DamagedPackError, TooManyBadSamplesError
-from latentds.loading.batch import Batch, Collator, answering, check_group, folders_of
+from latentds.errors import ContractError, DamagedPackError, TooManyBadSamplesError
+from latentds.loading.batch import Batch, Collator, answering, check_bad, check_group, folders_of
 from latentds.loading.fields_of_view import warn_of_fields
 from latentds.loading.options import Mixture, Order, Select
-from latentds.loading.order import Batching, Drawn, LoaderState, PackSampler, check_state, join
+from latentds.loading.order import (
+    Batching,
+    Drawn,
+    LoaderState,
+    PackSampler,
+    check_state,
+    global_size,
+    join,
+)
 from latentds.loading.sampling import BALANCED, BalancedSampler, MixtureSampler, Sampler, SetSampler
 from latentds.loading.selection import select_rows
 from latentds.quantizers.codebooks import ChannelStatistics
@@ -38,7 +46,6 @@ from latentds.store.cache import CacheConfig
 from latentds.store.channel_statistics import checked_statistics, pool_sets
 from latentds.store.reader import ShardSet
 
-DEFAULT_BATCH = 256
 LOOK = 8  # one part in so many of a window passes before the next window is asked for
 MIN_REPLACEMENTS = 64  # tries to find a sound pack, besides one for each that is damaged
 Transfer = tuple[int, Batch, list[int]]
@@ -127,7 +134,7 @@ class LatentDataset(IterableDataset[Batch]):
         # (epoch, first batch): in shared memory, so that workers that stay alive see it change
         self.position = shared_zeros(2, torch.int64)
         self.cursor: tuple[int, int] | None = None  # epoch, batch this worker comes to next
-        self.resumed = False
+        self.resumed: tuple[int, int] | None = None  # epoch, batch of a state that was loaded
 
     def set_sampler(self, index: int, select: Select) -> SetSampler:
         """The sampler of one set; a mixture's sets must not run through like orders."""
@@ -174,7 +181,13 @@ class LatentDataset(IterableDataset[Batch]):
         return int(self.position[0])
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and the batch of it, that the next iteration starts with."""
+        """Choose the epoch, and the batch of it, that the next iteration starts with.
+
+        A loaded state of `state_dict` keeps its place in its epoch.
+        """
+        self.cursor = None
+        if self.resumed and self.resumed[0] != epoch:
+            self.resumed = None
         self.position[0], self.position[1] = epoch, first_batch
         for shards in self.sets:
             shards.begin_epoch(epoch)
@@ -203,12 +216,19 @@ class LatentDataset(IterableDataset[Batch]):
         return len(self.batching)
 
     def __iter__(self) -> Iterator[Batch]:
+        """This worker's batches from where a loaded state or the epoch begins."""
         refuse_cuda_in_worker()
-        number, workers = this_worker()
-        epoch, first = int(self.position[0]), int(self.position[1]) + number
-        if self.resumed and self.cursor:
-            epoch, first = self.cursor
-        self.resumed = False
+        self.cursor, self.resumed = self.start(), None
+        return self.from_place(*self.cursor)
+
+    def start(self) -> tuple[int, int]:
+        """Epoch and batch with which this worker's next iteration starts."""
+        epoch, batch = self.resumed or self.position.tolist()
+        return epoch, batch + this_worker()[0]
+
+    def from_place(self, epoch: int, first: int) -> Iterator[Batch]:
+        """This worker's batches of an epoch from its `first` on."""
+        workers = this_worker()[1]
         for batch in range(first, len(self), workers):
             ready = self.batch(epoch, batch)
             self.cursor = (epoch, batch + workers)  # what a state taken now has to start with
@@ -314,17 +334,23 @@ class LatentDataset(IterableDataset[Batch]):
 
         LatentLoader has a state of its own, free of workers.
         """
-        epoch, batch = self.cursor or (self.epoch, int(self.position[1]) + this_worker()[0])
-        return self.state_at(epoch, batch).to_json() | {"worker": list(this_worker())}
+        place = self.state_at(*(self.cursor or self.start()))
+        return place.to_json() | {"worker": list(this_worker())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Start the next iteration where `state` was taken; ContractError if of another run."""
         loaded = check_state(state, self.state_at(0, 0), self.shards.folder)
-        is_over = loaded.batch >= len(self)
+        is_over, own = loaded.batch >= len(self), this_worker()
+        self.cursor = self.resumed = None
         if "worker" not in state:
             self.set_epoch(*(loaded.epoch + 1, 0) if is_over else (loaded.epoch, loaded.batch))
-        elif not (is_over and state["worker"][1] == 1):  # of several, others may not be done
-            self.cursor, self.resumed = (loaded.epoch, loaded.batch), True
+        elif state["worker"] != list(own):
+            raise ContractError(
+                f"{self.shards.folder}: loader state of worker {state['worker']}, this is "
+                f"{list(own)}; take as many workers, or a LatentLoader's state"
+            )
+        elif not (is_over and own[1] == 1):  # of several, others may not be done
+            self.resumed = loaded.epoch, loaded.batch - own[0]
 
 
 def check_asked(decode: str, normalize: bool, shuffle: bool, select: Select, order: Order) -> None:
@@ -341,28 +367,6 @@ def check_asked(decode: str, normalize: bool, shuffle: bool, select: Select, ord
     balance = select.balance
     if balance is not None and (balance not in BALANCED or not shuffle):
         raise ValueError(f"balance={balance!r}; one of {', '.join(BALANCED)}, with shuffle=True")
-
-
-def global_size(batch_size: int | None, global_batch_size: int | None, ranks: int) -> int:
-    """Patches of a global batch, from either size."""
-    if global_batch_size is None:
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}; at least 1")
-        return (batch_size or DEFAULT_BATCH) * ranks
-    if batch_size is not None and batch_size * ranks != global_batch_size:
-        raise ValueError(
-            f"batch_size={batch_size} on {ranks} ranks is not global_batch_size="
-            f"{global_batch_size}; give one of them"
-        )
-    return global_batch_size
-
-
-def check_bad(found: Any, max_bad: int) -> None:
-    """Raise TooManyBadSamplesError where more packs are damaged than allowed."""
-    if len(found) > max_bad:
-        raise TooManyBadSamplesError(
-            f"{len(found)} damaged packs, max_bad={max_bad}: {'; '.join(list(found)[:3])}"
-        )
 
 
 class Transfers(IterableDataset[Transfer]):

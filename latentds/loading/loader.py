@@ -19,8 +19,8 @@ from latentds.core.processes import REMEDY, choose_device, describe_shm, gather,
 from latentds.errors import WorkerError
 from latentds.loading.array import Resident
 from latentds.loading.augmenting import Making, Watched, find_augment, replayed
-from latentds.loading.batch import Batch, answering, check_group
-from latentds.loading.dataset import LatentDataset, Transfer, Transfers, check_bad
+from latentds.loading.batch import Batch, answering, check_bad, check_group
+from latentds.loading.dataset import LatentDataset, Transfer, Transfers
 from latentds.loading.decoding import Decode, Decoder, Integers, check_decode, make_decoder
 from latentds.loading.options import Mixture, Order, Select, Workers
 from latentds.loading.stage import CudaLanes, DecodeStage

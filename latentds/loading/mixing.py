@@ -23,8 +23,7 @@ from latentds.autoencoders import load_for_decoding
 from latentds.autoencoders.autoencoder import Autoencoder, short
 from latentds.core.processes import find_rank
 from latentds.errors import ContractError, InputError
-from latentds.loading.batch import Batch
-from latentds.loading.dataset import check_bad
+from latentds.loading.batch import Batch, check_bad
 from latentds.loading.decoding import find_autoencoder
 from latentds.loading.fields_of_view import check_fields
 from latentds.loading.loader import LatentLoader

@@ -22,6 +22,7 @@ MIN_WINDOW, MAX_WINDOW = 1 << 14, 1 << 18  # patches; packs of one patch, packs 
 CACHED_ORDERS, CACHED_WINDOWS = 2, 4
 LAST = ("pad", "drop", "repeat")
 STATE_VERSION = 2
+DEFAULT_BATCH = 256
 
 
 class Layout:
@@ -213,6 +214,20 @@ def join(parts: list[Drawn]) -> Drawn:
     """Draws end to end."""
     fields = (np.concatenate([getattr(p, f) for p in parts]) for f in ("sets", "rows", "passes"))
     return Drawn(*fields)
+
+
+def global_size(batch_size: int | None, global_batch_size: int | None, ranks: int) -> int:
+    """Patches of a global batch, from either size."""
+    if global_batch_size is None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; at least 1")
+        return (batch_size or DEFAULT_BATCH) * ranks
+    if batch_size is not None and batch_size * ranks != global_batch_size:
+        raise ValueError(
+            f"batch_size={batch_size} on {ranks} ranks is not global_batch_size="
+            f"{global_batch_size}; give one of them"
+        )
+    return global_batch_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

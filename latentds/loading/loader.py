@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import os
@@ -142,6 +143,11 @@ class LatentLoader:
         )
 
     def make_stage(self, static: bool, lanes: CudaLanes) -> DecodeStage:
+    def __getstate__(self) -> dict[str, Any]:
+        transfers = copy.copy(self.transfers)
+        transfers._iterator = None  # workers of this process, a copy starts its own
+        return self.__dict__ | {"transfers": transfers}
+
         """The ring that decodes ahead on a GPU."""
         batching, contract = self.dataset.batching, self.contract
         pixels = self.decode == "pixels"

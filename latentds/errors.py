@@ -133,11 +133,11 @@ def no_folder(path: object) -> FileNotFoundError:
     return FileNotFoundError(f"{path}: no such folder{hint}")
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
     """An error that names the closest known name and lists them all, of many the next ones."""
     names = sorted(known)
-    near, listed = (neighbours(names, name, most) for most in (COMPARED, LISTED))
-    close = difflib.get_close_matches(name, near, n=1, cutoff=0.5)
+    near, listed = (neighbours(names, str(name), most) for most in (COMPARED, LISTED))
+    close = difflib.get_close_matches(str(name), near, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     more = f", ... ({len(names):,} in all)" if len(names) > len(listed) else ""
     return UnknownNameError(

@@ -233,7 +233,7 @@ def test_keys_come_in_any_sequence(array, kind):
     keys = [array.keys[9], array.keys[300]]
     assert torch.equal(array[kind(keys)], array[[9, 300]])
     assert len(array[kind(keys[:0])]) == 0
-    with pytest.raises(UnknownNameError, match=f"unknown key '1'.*{keys[0][:12]}"):
+    with pytest.raises(UnknownNameError, match=f"unknown key '?1'?.*{keys[0][:12]}"):
         array[kind([keys[0], 1])]
 
 

@@ -15,9 +15,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from latentds.errors import ContractError, LatentdsError, UnknownNameError, WeightsError
+from latentds.loading.array import LatentArray
+from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
-from latentds.loading.options import Order
+from latentds.loading.options import Mixture, Order
 from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
@@ -309,6 +311,38 @@ def test_state_of_another_run_is_refused(shared_dataset, changes):
     state = make_loader(shared_dataset).state_dict()
     with pytest.raises(ContractError, match="loader state has"):
         make_loader(shared_dataset, **changes).load_state_dict(state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_copy_of_a_loader_goes_on_with_workers_of_its_own(shared_dataset, workers):
+    loader = make_loader(shared_dataset, shuffle=True, num_workers=workers)
+    batches = iter(loader)
+    next(batches)
+    copied = pickle.loads(pickle.dumps(loader))
+    copied.load_state_dict(loader.state_dict())
+    assert rows_of(copied) == rows_of(batches)
+
+
+@pytest.mark.parametrize("split", [None, 0, ""])
+def test_what_is_no_split_is_refused_as_unknown(shared_dataset, split):
+    for reader in (LatentDataset, SlideBags):
+        with pytest.raises(UnknownNameError, match=f"unknown split {split!r}.* known: train, val"):
+            reader(shared_dataset, split)
+    if split is not None:
+        with pytest.raises(UnknownNameError, match=f"unknown split {split!r}"):
+            LatentArray(shared_dataset, split, decode="codes")
+
+
+@pytest.mark.parametrize("workers", ["2", 1.5, None])
+def test_what_is_no_number_of_workers_is_refused(shared_dataset, workers):
+    with pytest.raises(TypeError, match=r"num_workers=.*pass num_workers=Workers\("):
+        make_loader(shared_dataset, num_workers=workers)
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
+def test_weights_that_are_none_are_refused(weight):
+    with pytest.raises(ValueError, match="every weight above 0"):
+        Mixture({"a": 1.0, "b": weight})
 
 
 def test_persistent_workers_see_the_next_epoch(shared_dataset):

@@ -80,7 +80,9 @@ class LatentArray(Dataset[Tensor]):
         self.decode, manifest = decode, self.shards.manifest
         rows = select_rows(self.shards, split, *chosen)
         if rows is None:
-            rows = np.arange(*(self.shards.patch_range(split) if split else (0, len(self.shards))))
+            rows = np.arange(
+                *((0, len(self.shards)) if split is None else self.shards.patch_range(split))
+            )
         each = 8 + (manifest.contract.bytes_per_patch if resident else 0)  # 8 of a label
         self.memory_bytes = check_fits(self.shards, len(rows), self.device, each)
         self.decoder = make_decoder(
@@ -175,7 +177,7 @@ class LatentArray(Dataset[Tensor]):
         known = self.find_places()
         for key in keys:
             if key not in known:
-                raise unknown_name("key", str(key), known)
+                raise unknown_name("key", key, known)
         return torch.tensor([known[key] for key in keys], dtype=torch.int64)
 
     def find(self, indices: Any) -> Tensor:

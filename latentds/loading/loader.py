@@ -132,6 +132,7 @@ class LatentLoader:
     def make_transfers(self, asked: int | Workers) -> DataLoader[Transfer]:
         """What brings codes from the processes that read them."""
         workers = Workers(count=asked) if isinstance(asked, int) else asked
+        check_group(workers, Workers, "num_workers")
         return DataLoader(
             Transfers(self.dataset),
             batch_size=None,
@@ -142,12 +143,12 @@ class LatentLoader:
             multiprocessing_context=workers.multiprocessing_context if workers.count else None,
         )
 
-    def make_stage(self, static: bool, lanes: CudaLanes) -> DecodeStage:
     def __getstate__(self) -> dict[str, Any]:
         transfers = copy.copy(self.transfers)
         transfers._iterator = None  # workers of this process, a copy starts its own
         return self.__dict__ | {"transfers": transfers}
 
+    def make_stage(self, static: bool, lanes: CudaLanes) -> DecodeStage:
         """The ring that decodes ahead on a GPU."""
         batching, contract = self.dataset.batching, self.contract
         pixels = self.decode == "pixels"

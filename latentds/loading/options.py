@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -125,7 +126,7 @@ class Mixture:
         weights: Mapping[str | os.PathLike[str], float],
         epoch_patches: int | None = None,
     ) -> None:
-        if not weights or min(weights.values()) <= 0:
+        if not weights or not all(0 < weight < math.inf for weight in weights.values()):
             raise ValueError(f"weights={dict(weights)}; at least one set, and every weight above 0")
         if epoch_patches is not None and epoch_patches < 1:
             raise ValueError(f"epoch_patches={epoch_patches}; at least 1")

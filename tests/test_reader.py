@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from latentds.errors import FormatError, UnknownNameError
+from latentds.loading.loader import LatentLoader
 from latentds.store.format import MANIFEST, PACKS_TABLE, PATCHES_TABLE
 from latentds.store.packs import member_bytes, scan_shard
 from latentds.store.reader import ShardSet
@@ -53,6 +54,20 @@ def test_columns_follow_their_rows(shared_dataset):
 def test_unknown_column_lists_the_known(shared_dataset):
     with pytest.raises(UnknownNameError, match="source_encoding"):
         ShardSet(shared_dataset).read_columns(np.array([0]), ["stain"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_opened_by_a_relative_name_is_read_from_another_folder(
+    shared_dataset, tmp_path, monkeypatch, workers
+):
+    monkeypatch.chdir(shared_dataset.parent)
+    options = {"decode": "codes", "batch_size": 50, "num_workers": workers}
+    loader = LatentLoader(shared_dataset.name, **options)
+    monkeypatch.chdir(tmp_path)
+    assert loader.dataset.shards.folder == shared_dataset.name
+    local = LatentLoader(shared_dataset, **options)
+    for ours, theirs in zip(loader, local, strict=True):
+        assert np.array_equal(ours.codes, theirs.codes)
 
 
 def test_a_pickled_set_reads_the_same(shared_dataset):

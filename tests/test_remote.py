@@ -206,6 +206,15 @@ def test_everything_works_offline_once_it_is_there(shared_dataset, tmp_path, cac
         LatentDataset(url, "val", cache=offline).batch(0, 0)
 
 
+def test_a_cache_of_a_relative_name_stays_where_it_is(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    remote = ShardSet(server.url, cache=CacheConfig(dir=Path("cache")))
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    remote.read_codes(ROWS)
+    assert list((tmp_path / "cache").glob("sets/*/data/*/*")) and not list(Path().iterdir())
+
+
 def test_an_unreachable_server_falls_back_to_what_was_last_seen(shared_dataset, cache, caplog):
     with serving(shared_dataset) as server:
         url = server.url

@@ -44,7 +44,7 @@ class CacheConfig:
     def resolve(self) -> tuple[Path, int, bool]:
         """Folder, bytes and offline, defaults filled in."""
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentds"
-        folder = Path(self.dir or os.environ.get("LATENTDS_CACHE") or home)
+        folder = Path(self.dir or os.environ.get("LATENTDS_CACHE") or home).absolute()
         limit = self.limit or os.environ.get("LATENTDS_CACHE_LIMIT") or DEFAULT_LIMIT
         words = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "LATENTDS_OFFLINE"))
         offline = any(word.upper() in ("1", "ON", "YES", "TRUE") for word in words)

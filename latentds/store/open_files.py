@@ -113,7 +113,7 @@ class Extent(NamedTuple):
 class LocalFiles:
     """A folder.
 
-    where        for messages
+    where        as it was given, for messages
     revision     commit or manifest that a location is resolved to, none of a folder
     reads_parts  whether single patches are read rather than many of a pack
     """
@@ -121,7 +121,8 @@ class LocalFiles:
     revision: str | None = None
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.where = folder, str(folder)
+        # Files are opened later, when the working directory may be another.
+        self.folder, self.where = folder.absolute(), str(folder)
         self.reads_parts = False
         self.opened: OrderedDict[str, OpenFile] = OrderedDict()
 

@@ -10,7 +10,8 @@ import pytest
 
 import latentds.store.transport
 from latentds.errors import FormatError, InputError
-from latentds.store.transport import Transport, wait_of
+from latentds.store.client_errors import wait_of
+from latentds.store.transport import Transport
 
 BODY = b"0123456789abcdef" * 8
 OK = b"HTTP/1.1 206 Partial Content\r\n"

@@ -16,7 +16,7 @@ from latentds.core.config_fields import location_of
 from latentds.errors import InputError, MissingExtraError
 from latentds.store.cache import CacheConfig
 from latentds.store.format import MANIFEST
-from latentds.store.object_store import UPLOADED, inside, open_location, upload
+from latentds.store.object_store import UPLOADED, download, inside, open_location, upload
 from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 
@@ -286,6 +286,30 @@ def test_convert_reads_from_an_object_store(pictures, memory, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         cli.main(["convert", "memory://bucket/none", "--out", str(tmp_path / "o"), *words[-2:]])
     assert "memory://bucket/none: no files there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ["find", "cat_file"])
+def test_an_input_is_fetched_through_a_network_that_fails(memory, tmp_path, monkeypatch, step):
+    aiohttp = pytest.importorskip("aiohttp")
+    monkeypatch.setattr("latentds.store.transport.FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr("latentds.store.transport.PART_BYTES", 5)
+    memory.pipe("/bucket/in#2/a b#c?.png", b"0123456789abcdef")
+    failures, work = [3], getattr(type(memory), step)
+
+    def failing(*args, **options):
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise aiohttp.ClientConnectionError("Connection closed")
+        return work(*args, **options)
+
+    monkeypatch.setattr(type(memory), step, failing)
+    download("memory://bucket/in#2", tmp_path / "in")
+    assert (tmp_path / "in" / "a b#c?.png").read_bytes() == b"0123456789abcdef"
+    failures[0] = 99
+    words = "memory://bucket/in.*: ClientConnectionError, after 8 tries; check the network"
+    with pytest.raises(InputError, match=words):
+        download("memory://bucket/in#2", tmp_path / "again")
+    assert not [path for path in (tmp_path / "again").rglob("*.png") if path.is_file()]
 
 
 @pytest.mark.parametrize("name", ["../x.png", "a/../../x", "", "a\\..\\x"])

@@ -19,9 +19,10 @@ from latentds.errors import ContractError, DamagedPackError, FormatError, InputE
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
 from latentds.store.cache import Cache, CacheConfig, parse_bytes
+from latentds.store.client_errors import wait_of
 from latentds.store.format import DIGESTS, MANIFEST, PACKS_TABLE, PATCHES_TABLE
 from latentds.store.reader import ShardSet
-from latentds.store.transport import shown, wait_of
+from latentds.store.transport import shown
 from tests.bad_shards import edit_manifest, flip_bit
 from tests.fakes import MeanAutoencoder
 from tests.flaky_server import COMMIT, serving

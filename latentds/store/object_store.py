@@ -10,9 +10,10 @@ from typing import Any
 
 from latentds.core.storage import parse_json, write_atomically
 from latentds.errors import InputError, first_words
+from latentds.store.client_errors import client_errors, is_network
 from latentds.store.format import MANIFEST, SLIDES_TABLE
 from latentds.store.manifest import Manifest, read_manifest
-from latentds.store.transport import shown, unopenable
+from latentds.store.transport import Transport, shown, unopenable
 
 UPLOADED = ".latentds/uploaded.json"  # beside the local set; never uploaded itself
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
@@ -66,17 +67,21 @@ def download(
     """
     from latentds.core.display import progress
 
-    filesystem, root = open_location(location)
-    with judging(location):
-        found = sizes(filesystem, root)
-        if not found:
-            raise InputError(f"{shown(location)}: no files there")
-        with progress(total=sum(found.values()), unit="B", unit_scale=True, desc="fetching") as bar:
-            for name, size in sorted(found.items()):
-                path = folder / inside(name, location)
-                if not in_place(name, path, size):
-                    fetch(filesystem, f"{root}/{name}", path, size)
-                bar.update(size)
+    transport, (filesystem, root) = Transport(location), open_location(location)
+
+    def listed() -> dict[str, int]:
+        with client_errors(shown(location)):
+            return sizes(filesystem, root)
+
+    found: dict[str, int] = transport.retry(listed, shown(location))
+    if not found:
+        raise InputError(f"{shown(location)}: no files there")
+    with progress(total=sum(found.values()), unit="B", unit_scale=True, desc="fetching") as bar:
+        for name, size in sorted(found.items()):
+            path = folder / inside(name, location)
+            if not in_place(name, path, size):
+                fetch(transport, name, path, size)
+            bar.update(size)
     return folder
 
 
@@ -99,13 +104,13 @@ def inside(name: str, location: str) -> str:
     return name
 
 
-def fetch(filesystem: Any, source: str, target: Path, size: int) -> None:
+def fetch(transport: Transport, name: str, target: Path, size: int) -> None:
     """One file, whole under its name or not at all."""
     if target.is_file() and target.stat().st_size == size:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
-    filesystem.get_file(source, str(partial))
+    transport.download(name, partial, size)
     partial.replace(target)
 
 
@@ -132,7 +137,8 @@ def judging(location: str) -> Iterator[None]:
         ) from None
     except Exception as error:
         kind = type(error)
-        if not kind.__module__.startswith("botocore"):
+        is_clients = is_network(error) and not isinstance(error, OSError)  # no fault of a disk
+        if not (is_clients or kind.__module__.startswith("botocore")):
             raise
         raise InputError(
             f"{shown(location)}: {kind.__name__}; check credentials (AWS_ACCESS_KEY_ID, a profile) "

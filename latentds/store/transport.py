@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import hashlib
 import logging
 import os
@@ -19,6 +18,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from latentds.core.storage import naming
 from latentds.errors import DamagedPackError, FormatError, InputError, missing_extra
+from latentds.store.client_errors import DIGITS, TransientError, client_errors, is_network, judge
 
 logger = logging.getLogger(__name__)
 
@@ -28,20 +28,11 @@ TIMEOUT_S = (10, 60)  # connect, between two reads
 HEADERS_S = 75.0  # for an answer to begin, the above together
 LOOK_S = 0.2  # between looks whether what is waited for is still wanted
 GRACE_S, LEAST_RATE = 30.0, 2048  # of a body: bytes a second, by all that came after the grace
-DIGITS = re.compile(r"[0-9]{1,18}")
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-")
 READ_BYTES = 1 << 20
 PART_BYTES = 1 << 23  # of a table, read and tried again as one
 HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+(?:/pr/\d+)?))?(?:/(.*))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-class TransientError(Exception):
-    """Worth another try; `wait_s` where the server said when."""
-
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait_s = wait_s
 
 
 def shown(location: str) -> str:
@@ -59,6 +50,8 @@ def unopenable(location: str, error: ImportError | ValueError) -> Exception:
 
 
 def join(location: str, name: str) -> str:
+    if not location.startswith(("https://", "http://")):
+        return f"{location.rstrip('/')}/{name}"  # a folder of a store may be named x#2
     parts = urlsplit(location)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
@@ -141,6 +134,7 @@ class Transport:
             return join(self.location, name)
         from huggingface_hub import constants, get_token
 
+        self.resolve()
         token = get_token()
         if token and "authorization" not in self.headers:
             self.headers["authorization"] = f"Bearer {token}"
@@ -185,8 +179,11 @@ class Transport:
         read: bytes = self.retry(attempt, where, attempts)
         return read
 
-    def download(self, name: str, path: Path, size: int, digest: str) -> None:
-        """Write a whole file of known size and sha256 to `path`, a part in memory at a time."""
+    def download(self, name: str, path: Path, size: int, digest: str | None = None) -> None:
+        """Write a whole file of known size and sha256 to `path`, a part in memory at a time.
+
+        digest  None where it is not known: then its size is all that is checked
+        """
         where = f"{self.shown.rstrip('/')}/{name}"
         for number in (1, 2):
             sha256 = hashlib.sha256()
@@ -198,7 +195,7 @@ class Transport:
                     file.write(content)
                 file.flush()
                 os.fsync(file.fileno())  # from now on only its size is looked at
-            if sha256.hexdigest() == digest:
+            if digest in (None, sha256.hexdigest()):
                 return
             logger.warning(
                 "%s: not of the recorded hash%s", where, ", again" if number == 1 else ""
@@ -300,59 +297,14 @@ class Transport:
     ) -> bytes:  # fmt: skip
         """A range by a file system of fsspec, whose own limits of time count."""
         has_begun.set()
-        try:
+        with client_errors(shown(url)):
             path = filesystem._strip_protocol(url)
             if size is None and (found := filesystem.size(path) or 0) > limit:
                 raise FormatError(f"{shown(url)}: {found} bytes, more than {limit}; refused")
             content: bytes = filesystem.cat_file(
                 path, start=start, end=None if size is None else start + size
             )
-        except (FileNotFoundError, PermissionError) as error:
-            raise judge(
-                404 if isinstance(error, FileNotFoundError) else 403, {}, shown(url)
-            ) from error
-        except Exception as error:  # botocore's are no OSError
-            if is_network(error):
-                raise TransientError(type(error).__name__) from None
-            if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-                raise judge(401, {}, shown(url)) from None
-            raise
         return content
-
-
-def judge(status: int, headers: Any, where: str) -> Exception:
-    """What an HTTP status means for us."""
-    if status == 404:
-        return FileNotFoundError(f"{where}: not there (404); check the address, tell its publisher")
-    if status in (401, 403):
-        return InputError(
-            f"{where}: access refused ({status}); log in ('hf auth login', cloud credentials) or "
-            "ask for access"
-        )
-    if status in (408, 425, 429) or status >= 500:
-        return TransientError(f"status {status}", wait_of(headers.get("retry-after")))
-    return InputError(f"{where}: the server answers {status}")
-
-
-def is_network(error: Exception) -> bool:
-    """Whether an error of a client library is one of the connection."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    network = {"TransportError", "TimeoutException", "EndpointConnectionError", "ClientError",
-               "HTTPClientError", "RequestException"}  # fmt: skip
-    return isinstance(error, OSError) or bool(names & network)
-
-
-def wait_of(value: str | None) -> float | None:
-    """Seconds of a Retry-After header: a number, or a date; None for anything else."""
-    if not value:
-        return None
-    if DIGITS.fullmatch(value.strip()):
-        return float(value)
-    try:
-        moment = email.utils.parsedate_tz(value)
-        return max(0.0, email.utils.mktime_tz(moment) - time.time()) if moment else None
-    except (ValueError, OverflowError, TypeError, IndexError):
-        return None
 
 
 def check_answer(answer: Any, where: str, start: int | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.core.config_fields import take_paths
+from latentds.core.storage import take_paths
 from latentds.edit.layouts import ImportOptions
 from latentds.edit.recoding import Recoding
 from latentds.evaluation.patchsets.patch_set import PatchInput

@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
-from latentds.core.config_fields import location_of
+from latentds.core.storage import location_of
 from latentds.errors import InputError, MissingExtraError
 from latentds.store.cache import CacheConfig
 from latentds.store.format import MANIFEST

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from latentds.conversion import prepared
+from latentds.conversion.prepared import CodebookSample, draw_rows
 from latentds.errors import InputError
-from latentds.quantizers import sample_fit
-from latentds.quantizers.sample_fit import CodebookSample, draw_rows
 
 
 def latents_of(count: int) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_the_same_patches_are_drawn_in_either_order():
 def test_of_more_values_than_are_held_every_patch_keeps_the_same_cells_in_any_batches(
     monkeypatch, batch
 ):
-    monkeypatch.setattr(sample_fit, "MAX_SAMPLE_VALUES", 2 * 10 * 20)
+    monkeypatch.setattr(prepared, "MAX_SAMPLE_VALUES", 2 * 10 * 20)
     once, parts = CodebookSample(10), CodebookSample(10)
     once.add(latents_of(10))
     for part in latents_of(10).split(batch):
@@ -50,7 +50,7 @@ def test_of_more_values_than_are_held_every_patch_keeps_the_same_cells_in_any_ba
 
 @pytest.mark.parametrize(("values", "most"), [(1 << 24, 512), (20 * 2 * 64, 20)])
 def test_records_are_fitted_to_whole_patches_and_say_how_many(monkeypatch, values, most):
-    monkeypatch.setattr(sample_fit, "MAX_SAMPLE_VALUES", values)
+    monkeypatch.setattr(prepared, "MAX_SAMPLE_VALUES", values)
     sample = CodebookSample(600, "rans")
     assert sample.add(latents_of(10)) and not sample.add(latents_of(590))
     made = sample.fit(90)[1]

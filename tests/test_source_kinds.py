@@ -70,10 +70,13 @@ def test_a_listed_source_that_is_not_there_is_told_by_name(tmp_path, text, words
         listed(tmp_path / "in", only=tmp_path / "only.txt")
 
 
-def test_a_list_of_sources_that_is_no_text_is_refused(tmp_path):
-    save_pictures(tmp_path / "in" / "a", 1)
+def test_a_list_of_sources_is_read_as_tables_are(tmp_path):
+    save_pictures(tmp_path / "in" / "a", 2)
     (tmp_path / "only.txt").write_bytes("a/p000.png".encode("utf-16"))
-    with pytest.raises(InputError, match="only.txt: not UTF-8"):
+    _, found = listed(tmp_path / "in", only=tmp_path / "only.txt")
+    assert [picture.source for picture in found.pictures] == ["a/p000.png"]
+    (tmp_path / "only.txt").write_bytes("a/p000.png\nü".encode("latin-1"))
+    with pytest.raises(InputError, match="only.txt, line 2: byte 0xfc is no UTF-8"):
         listed(tmp_path / "in", only=tmp_path / "only.txt")
 
 

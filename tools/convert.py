@@ -16,9 +16,9 @@ from typing import Any
 from latentds_tools.reports.commands import show
 
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.core.config_fields import location_of
 from latentds.core.display import left_out_text, visible
 from latentds.core.randomness import digest_of
+from latentds.core.storage import location_of
 from latentds.errors import InputError
 
 logger = logging.getLogger(__name__)

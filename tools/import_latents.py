@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from latentds_tools.reports.commands import picked, show
 
-from latentds.core.config_fields import check_ranges
+from latentds.core.storage import check_ranges
 from latentds.quantizers.scalar_fit import KindName
 
 

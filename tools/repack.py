@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from latentds_tools.reports.commands import picked, show
 
-from latentds.core.config_fields import check_ranges
 from latentds.core.display import say
+from latentds.core.storage import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

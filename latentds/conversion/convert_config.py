@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from latentds.core.config_fields import check_ranges
+from latentds.core.storage import check_ranges
 from latentds.errors import InputError
 from latentds.quantizers.scalar_fit import KindName, check_kind
 from latentds.sources.cut_options import SourceOptions

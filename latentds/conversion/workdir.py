@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.core.config_fields import location_of
-from latentds.core.storage import exclusive_lock, naming, write_atomically
+from latentds.core.storage import exclusive_lock, location_of, naming, write_atomically
 from latentds.errors import InputError, Reason, UnusableError
 from latentds.store.format import MANIFEST, SHARD_PATTERN, SIDECARS
 

@@ -8,6 +8,7 @@ here can print. Our own JSON is one text, so that a digest of it can be an ident
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +28,9 @@ from PIL import Image
 
 from latentds.errors import FormatError, InputError, first_words
 
+LOCATION = re.compile(r"([a-z][a-z0-9+]+):/+(.+)")
+PATH_FIELD = re.compile(r"\bPath\b")  # in a field's annotation, which is text or a type
+HOSTLESS = {"file", "local"}  # schemes after whose slashes a path begins and no host
 READ_BYTES = 1 << 20
 LOCK_POLL_S = 0.2
 MARK = ".latentds-made"  # lies in every folder made by export or extract: it may be replaced
@@ -330,3 +335,29 @@ def check_kinds(record: Mapping[str, Any], kinds: Mapping[str, Kind], where: str
         wrong_flag = isinstance(value, bool) and kind is not bool
         if value is not None and (wrong_flag or not isinstance(value, kind)):
             raise ValueError(f"{where}{name} is {str(value)[:60]!r}, of another type than it has")
+
+
+def take_paths(config: Any) -> None:
+    """Make Paths of what a frozen config's fields of paths hold; for its `__post_init__`."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None or not PATH_FIELD.search(str(field.type)):
+            continue
+        is_one = isinstance(value, str | os.PathLike)
+        taken = Path(value) if is_one else tuple(Path(each) for each in value)
+        object.__setattr__(config, field.name, taken)
+
+
+def location_of(path: str | os.PathLike[str]) -> str | None:
+    """The location a path was typed as (pathlib makes s3:/bucket of s3://bucket), or None."""
+    found = LOCATION.fullmatch(Path(path).as_posix())
+    slashes = "///" if found and found[1] in HOSTLESS else "//"
+    return f"{found[1]}:{slashes}{found[2]}" if found else None
+
+
+def check_ranges(config: object, **limits: tuple[float, float]) -> None:
+    """InputError where an option that is given lies outside its limits."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard, latent_cells
-from latentds.conversion.prepared import versions
+from latentds.conversion.prepared import CodebookSample, draw_rows, versions
 from latentds.core.display import progress
 from latentds.core.storage import write_atomically
 from latentds.edit.layouts import ForeignPatch, ImportOptions, LatentFiles, list_latents
@@ -25,7 +25,6 @@ from latentds.edit.recoding import Distortion
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.quantizers.codebooks import load_matching
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
-from latentds.quantizers.sample_fit import CodebookSample, draw_rows
 from latentds.quantizers.scalar import AnyCodebook, Codebook, dequantize, quantize
 from latentds.store.composing import Composer, Part, complete
 from latentds.store.format import GOLDEN, MAX_PATCH_BYTES, SPLIT_PATTERN, Contract, patch_key

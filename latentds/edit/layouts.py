@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentds.core.config_fields import take_paths
+from latentds.core.storage import take_paths
 from latentds.edit.arrays import ARRAY_SUFFIXES, LABELS, ArrayFile, read_npy, read_npy_header
 from latentds.edit.exporting import TABLE
 from latentds.errors import InputError

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.conversion.prepared import fitting, planes_of
-from latentds.core.config_fields import take_paths
+from latentds.conversion.prepared import CodebookSample, draw_rows, fitting, planes_of
+from latentds.core.storage import take_paths
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.loading.decoding import find_autoencoder
 from latentds.quantizers.codebooks import StoredCodebook, load_codebook, shipped_records
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
-from latentds.quantizers.sample_fit import CodebookSample, draw_rows
 from latentds.quantizers.scalar import AnyCodebook, dequantize_each
 from latentds.store.composing import Part
 from latentds.store.golden import decode_pixels, encode_golden, no_golden, read_golden

@@ -14,8 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from latentds.core.config_fields import check_ranges, take_paths
-from latentds.core.storage import check_regular
+from latentds.core.storage import check_ranges, check_regular, take_paths
 from latentds.errors import InputError
 
 MAGNIFICATION_MPP = 10.0  # mpp of 1x: 40x is 0.25, 20x 0.5, as TRIDENT and most others have it

@@ -30,6 +30,7 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
 from latentds.autoencoders.decoders import architecture_of
 from latentds.autoencoders.students import build_student
+from latentds.conversion.prepared import CodebookSample
 from latentds.embedders import Embedder, load_embedder
 from latentds.errors import InputError
 from latentds.loading.decoding import find_autoencoder
@@ -42,7 +43,6 @@ from latentds.quantizers.codebooks import (
     sized_book,
     tiny_codebook,
 )
-from latentds.quantizers.sample_fit import CodebookSample
 from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
 from latentds.store.reader import ShardSet
 

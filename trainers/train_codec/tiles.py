@@ -264,8 +264,7 @@ def picture_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise no_folder(path)
-    suffixes = picture_suffixes()
-    found = (path / name for name in walk(path))
+    suffixes, found = picture_suffixes(), (path / name for name in walk(path))
     return sorted(file for file in found if file.suffix.lower() in suffixes)
 
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder, exact_arithmetic
 from latentds.codecs import LatentCodec, PictureCodec, QuantizerSpec
 from latentds.codecs.latent import check_finite
+from latentds.conversion.prepared import CodebookSample
 from latentds.core.compiling import Compiled
 from latentds.errors import InputError, WeightsError
 from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.evaluation.patchsets.picture_patches import Pictures, open_pictures
 from latentds.loading.decoding import make_lookup
 from latentds.quantizers.codebooks import StoredCodebook, load_matching, tiny_codebook
-from latentds.quantizers.sample_fit import CodebookSample
 from latentds.quantizers.scalar import MAX_LEVELS, AnyCodebook
 
 CHUNK_PX = 256 * 256  # what one patch of a chunk has, at most; larger patches, fewer of them

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentds.core.config_fields import location_of, take_paths
+from latentds.core.storage import location_of, take_paths
 from latentds.errors import InputError
 from latentds.sources.cut_options import CutOptions, SourceOptions
 

@@ -139,7 +139,9 @@ class LatentDataset(IterableDataset[Batch]):
     def set_sampler(self, index: int, select: Select) -> SetSampler:
         """The sampler of one set; a mixture's sets must not run through like orders."""
         shards, seed = self.sets[index], self.seed + (index << 32)
-        rows = select_rows(shards, self.split, self.where, select.slides, select.rows, self.sets)
+        given, rows = (self.where, select.slides, select.rows), None
+        if any(part is not None for part in given):
+            rows = select_rows(shards, self.split, *given, self.sets)
         if self.balance is None:
             return PackSampler(shards, self.split, rows, seed, self.shuffle)
         rows = np.arange(*shards.patch_range(self.split)) if rows is None else rows
@@ -181,10 +183,7 @@ class LatentDataset(IterableDataset[Batch]):
         return int(self.position[0])
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and the batch of it, that the next iteration starts with.
-
-        A loaded state of `state_dict` keeps its place in its epoch.
-        """
+        """Choose the next iteration's epoch and first batch; a loaded state keeps its place."""
         self.cursor = None
         if self.resumed and self.resumed[0] != epoch:
             self.resumed = None

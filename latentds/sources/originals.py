@@ -14,6 +14,7 @@ from latentds.errors import ContractError, InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.opening import open_source
 from latentds.sources.picture import Header, Picture
+from latentds.sources.picture_files import read_picture
 from latentds.sources.source import PatchReader, of_file
 from latentds.store.golden import likeness_db, read_golden
 from latentds.store.open_files import LocalFiles
@@ -151,3 +152,11 @@ def recorded_options(
     if anonymize is not None and options.key_check() != recorded.get("anonymized"):
         raise ContractError(f"{anonymize}: not the key that {shards.folder} was made with")
     return options
+
+
+def pixels_of(path: Path, max_px: int) -> np.ndarray:
+    """Pixels uint8 (H, W, 3) of a picture of a folder; InputError that names one of no use."""
+    try:
+        return read_picture(path, max_px)[0]
+    except InputError as error:
+        raise InputError(f"{path}: {error}; repair it or take it out of the folder") from error

@@ -15,12 +15,12 @@ from latentds_trainers.engine.ranks import from_first, on_all_ranks
 from latentds_trainers.finetune_decoder.config import ADAM_BETAS, FinetuneConfig
 from latentds_trainers.finetune_decoder.decoder_losses import PatchDiscriminator
 from latentds_trainers.finetune_decoder.pairs import (
+    MAX_PX,
     Pair,
     PicturePairs,
     ShardPairs,
     find_pictures,
     list_pictures,
-    open_picture,
     size_of,
 )
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ from latentds.quantizers.codebooks import (
     tiny_codebook,
 )
 from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
+from latentds.sources.originals import pixels_of
 from latentds.store.reader import ShardSet
 
 CODEBOOK_CROPS = 256
@@ -146,7 +147,7 @@ def read_held_out(config: FinetuneConfig) -> Tensor | None:
     if not paths:
         return None
     chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, config.validate_crops).astype(int)]
-    crops = [centre_crop(open_picture(path), edge) for path in dict.fromkeys(chosen)]
+    crops = [centre_crop(pixels_of(path, MAX_PX), edge) for path in dict.fromkeys(chosen)]
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
 
 

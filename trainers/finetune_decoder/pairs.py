@@ -22,15 +22,15 @@ from torch import Tensor
 
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
 from latentds.codecs.formats import DECODE_ERRORS
+from latentds.core.storage import open_picture
 from latentds.errors import ContractError, InputError
 from latentds.loading.batch import Batch
 from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Order
 from latentds.quantizers.scalar import AnyCodebook, dequantize, dequantize_each, quantize
 from latentds.sources.image_folder import picture_suffixes, walk
-from latentds.sources.originals import Originals
+from latentds.sources.originals import Originals, pixels_of
 from latentds.sources.picture import first_line
-from latentds.sources.picture_files import read_picture
 
 DEFAULT_CROP_PX = 256  # of pictures
 MAX_PX = 1 << 28
@@ -114,7 +114,7 @@ class PicturePairs:
         """A decoded picture; kept while all that is kept fits in memory."""
         found = self.kept.get(path)
         if found is None:
-            found = open_picture(path)
+            found = pixels_of(path, MAX_PX)
             with self.keeping:
                 if path not in self.kept and self.kept_bytes + found.nbytes <= KEPT_BYTES:
                     self.kept[path] = found
@@ -302,22 +302,9 @@ def find_pictures(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
 
 def size_of(path: Path) -> tuple[int, int]:
     """Width and height of a picture; InputError that names one which cannot be read."""
-    from latentds.core import storage
-
     try:
-        with storage.open_picture(path) as picture:
+        with open_picture(path) as picture:
             return picture.size
     except DECODE_ERRORS as error:
-        raise unreadable(path, f"cannot be read ({first_line(error)})") from error
-
-
-def open_picture(path: Path) -> np.ndarray:
-    """Pixels uint8 (H, W, 3) of a picture; InputError that names one which cannot be read."""
-    try:
-        return read_picture(path, MAX_PX)[0]
-    except InputError as error:
-        raise unreadable(path, str(error)) from error
-
-
-def unreadable(path: Path, reason: str) -> InputError:
-    return InputError(f"{path}: {reason}; repair it or take it out of the folder")
+        reason = f"cannot be read ({first_line(error)}); repair it or take it out of the folder"
+        raise InputError(f"{path}: {reason}") from error

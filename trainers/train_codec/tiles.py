@@ -32,7 +32,7 @@ from latentds.codecs.formats import DECODE_ERRORS
 from latentds.core.storage import open_picture
 from latentds.errors import InputError, missing_extra, no_folder
 from latentds.sources.image_folder import picture_suffixes, walk
-from latentds.sources.picture_files import read_picture
+from latentds.sources.originals import pixels_of
 from latentds.sources.slide_names import some
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ def read_tiles(path: Path) -> Tiles:
         name: [picture for file in files for picture in read_pictures(file)]
         for name, files in sources.items()
     }
-    return Tiles(pictures, shares_of(sources), middles([pixels_in(file) for file in held_out]))
+    return Tiles(
+        pictures, shares_of(sources), middles([pixels_of(file, MAX_PIXELS) for file in held_out])
+    )
 
 
 def pack_tiles(path: Path, pack: Path) -> None:
@@ -93,7 +95,7 @@ def pack_tiles(path: Path, pack: Path) -> None:
         name: [piece for file in files for piece in pieces_of(file)]
         for name, files in sources.items()
     }
-    judged = middles([pixels_in(file) for file in held_out]).mul(255).round().byte()
+    judged = middles([pixels_of(file, MAX_PIXELS) for file in held_out]).mul(255).round().byte()
     kept = [webp(picture) for picture in judged.permute(0, 2, 3, 1).numpy()]
     write_pack(pack, pieces, shares_of(sources), {HELD_OUT: kept})
 
@@ -101,21 +103,13 @@ def pack_tiles(path: Path, pack: Path) -> None:
 def read_pictures(path: Path) -> list[np.ndarray]:
     """The picture of a file; of a slide, all of its finest level."""
     if path.suffix != ".svs":
-        return [pixels_in(path)]
+        return [pixels_of(path, MAX_PIXELS)]
     try:
         import openslide
     except ModuleNotFoundError as error:
         raise missing_extra("openslide-python", "slides") from error
     with openslide.OpenSlide(path) as slide:
         return [np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))]
-
-
-def pixels_in(path: Path) -> np.ndarray:
-    """Pixels uint8 (H, W, 3) of a picture; InputError that names one of no use."""
-    try:
-        return read_picture(path, MAX_PIXELS)[0]
-    except InputError as error:
-        raise InputError(f"{path}: {error}; repair it or take it out of the folder") from error
 
 
 def middles(pictures: list[np.ndarray]) -> Tensor:

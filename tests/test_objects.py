@@ -267,6 +267,11 @@ def test_a_dry_run_reads_from_an_object_store(pictures, memory, tmp_path, capsys
     assert json.loads(capsys.readouterr().out)["patches"] == 33 and not (tmp_path / "out").exists()
 
 
+def test_pictures_of_a_web_server_are_refused(tmp_path):
+    with pytest.raises(InputError, match="a web server, .* does not list files as an object store"):
+        download("https://example.org/pictures", tmp_path)
+
+
 def test_a_file_that_is_no_key_is_refused(tmp_path):
     save_pictures(tmp_path / "in", 2)
     (tmp_path / "key").write_text("short")

@@ -67,6 +67,11 @@ def download(
     """
     from latentds.core.display import progress
 
+    if location.startswith(("http://", "https://")):
+        raise InputError(
+            f"{shown(location)}: a web server, which does not list files as an object store does; "
+            "download them (wget --recursive) and give the folder"
+        )
     transport, (filesystem, root) = Transport(location), open_location(location)
 
     def listed() -> dict[str, int]:

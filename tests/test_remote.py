@@ -157,6 +157,8 @@ def test_a_set_that_does_not_open_does_not_wait_for_its_other_tables(server, cac
 
 
 def read_for_ever(url: str, folder: Path) -> None:
+    # A shell's background job ignores it, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     ShardSet(url, cache=CacheConfig(dir=folder)).read_codes(np.arange(600))
 
 

@@ -348,8 +348,10 @@ def take_paths(config: Any) -> None:
         object.__setattr__(config, field.name, taken)
 
 
-def location_of(path: str | os.PathLike[str]) -> str | None:
+def location_of(path: str | os.PathLike[str] | None) -> str | None:
     """The location a path was typed as (pathlib makes s3:/bucket of s3://bucket), or None."""
+    if path is None:  # of what inherits an option and need not be given it
+        return None
     found = LOCATION.fullmatch(Path(path).as_posix())
     slashes = "///" if found and found[1] in HOSTLESS else "//"
     return f"{found[1]}:{slashes}{found[2]}" if found else None

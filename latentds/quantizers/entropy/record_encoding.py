@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -209,7 +210,13 @@ def least_bytes(codebook: RecordModel) -> int:
     """Bytes that any patch can be brought down to: those of nothing but zeros."""
     channels, height, width = codebook.latents_shape
     zeros, level = np.zeros((1, channels, height * width), np.float32), np.zeros(1, np.int64)
-    return int(expected_bytes(zeros, level, codebook, 0)[0]) + MARGIN_BYTES
+    least = int(expected_bytes(zeros, level, codebook, 0)[0]) + MARGIN_BYTES
+    integers, classes = integers_at(zeros, level, codebook, 0)
+    # The lanes' ends take more than expected where a lane has few cells.
+    tried = dataclasses.replace(codebook, record_bytes=least)
+    while not write_records(integers, classes, level, tried)[1][0]:
+        tried = dataclasses.replace(codebook, record_bytes=tried.record_bytes + 1)
+    return tried.record_bytes
 
 
 def round_at_steps(

@@ -532,3 +532,15 @@ def test_an_array_is_read_by_a_source_that_was_sent_elsewhere(tmp_path):
     here = [source.file(picture).read() for picture in found.pictures]
     assert [there.file(picture).read() for picture in found.pictures] == here
     assert len(set(here)) == 9
+
+
+def test_a_split_that_no_patient_came_into_is_told(tmp_path):
+    for number in range(3):
+        path = tmp_path / "in" / f"TCGA-A{number}-B{number}CD-01Z-00-DX1.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32)).save(path)
+    _, found = listed(tmp_path / "in", split_patients="train=0.999,test=0.001")
+    assert any(
+        note.startswith("no patient came into 'test': 3 are few for such a share")
+        for note in found.notes
+    )

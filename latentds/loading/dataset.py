@@ -61,7 +61,7 @@ class LatentDataset(IterableDataset[Batch]):
                 or a Mixture of several
     split       train, val, test, ...
     batch_size  patches a batch and rank (256)
-    shuffle     a new order every epoch, a function of (seed, epoch) alone
+    shuffle     a new order every epoch, a function of (seed, epoch) alone; `set_epoch` begins one
     decode      "codes" (uint8; of entropy-coded records their integers, int16), "latents"
                 (float32), both made here, or "stored" (uint8 as it lies on disk, records too);
                 pixels are LatentLoader's business: a worker process must not touch the GPU

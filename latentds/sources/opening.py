@@ -168,7 +168,10 @@ def deal_patients(
         for picture, (patient, _) in zip(pictures, known, strict=True)
     )
     counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
-    return dealt, (f"split by patient: {counts}",)
+    empty = dict.fromkeys(split for split in shares if split not in part_of.values())
+    lost = (f"no patient came into {some(list(empty))}: {len(part_of):,} are few for such a share; "
+            "another --seed deals anew",) if empty else ()  # fmt: skip
+    return dealt, (f"split by patient: {counts}", *lost)
 
 
 def patient_and_kind(picture: Picture, pattern: str | None) -> tuple[str, str] | None:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -65,6 +64,11 @@ def encode_chunk(
         records[pending[fits]] = tried[fits]
         pending = pending[~fits]
         levels[pending] += 1
+        if len(pending) and levels[pending].max() >= len(codebook.steps):
+            raise ValueError(
+                f"records of {codebook.record_bytes} bytes: a patch does not fit at the coarsest "
+                "step; use some bytes more"
+            )
 
 
 def by_patch(work: Callable[[slice], None], count: int) -> None:
@@ -211,12 +215,7 @@ def least_bytes(codebook: RecordModel) -> int:
     channels, height, width = codebook.latents_shape
     zeros, level = np.zeros((1, channels, height * width), np.float32), np.zeros(1, np.int64)
     least = int(expected_bytes(zeros, level, codebook, 0)[0]) + MARGIN_BYTES
-    integers, classes = integers_at(zeros, level, codebook, 0)
-    # The lanes' ends take more than expected where a lane has few cells.
-    tried = dataclasses.replace(codebook, record_bytes=least)
-    while not write_records(integers, classes, level, tried)[1][0]:
-        tried = dataclasses.replace(codebook, record_bytes=tried.record_bytes + 1)
-    return tried.record_bytes
+    return least
 
 
 def round_at_steps(

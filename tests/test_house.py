@@ -36,7 +36,7 @@ LINES = {
     "latentds/hub": 1_390,
     "latentds/loading": 4_380,
     "latentds/models": 1_760,
-    "latentds/quantizers": 3_570,
+    "latentds/quantizers": 3_580,
     "latentds/sources": 6_310,
     "latentds/store": 5_430,
     "latentds/views": 1_180,

@@ -159,11 +159,17 @@ def test_patches_of_16_px_take_the_least_bytes_that_do():
     assert book.integers(book.quantize(torch.randn(40, 32, 2, 2) * 3)).intact.all()
 
 
-def test_a_patch_that_fits_at_no_step_ends_in_an_error():
-    latent_id, shape = load_autoencoder("tiny-v2").card.latent_id, (32, 8, 8)
-    book = shipped_records(latent_id, shape, 93).codebook
-    with pytest.raises(ValueError, match="records of 93 bytes: .* use some bytes more"):
-        book.quantize(torch.randn(2, *shape) * 3)
+@pytest.mark.parametrize(("side", "least"), [(8, 100), (20, 396)])
+def test_the_least_bytes_that_are_told_do(side, least):
+    latent_id, shape = load_autoencoder("tiny-v2").card.latent_id, (32, side, side)
+    with pytest.raises(InputError, match=f"takes {least} to"):
+        shipped_records(latent_id, shape, least - 1)
+    book = shipped_records(latent_id, shape, least).codebook
+    latents = torch.randn(2, *shape) * 3
+    assert book.integers(book.quantize(latents)).intact.all()
+    smaller = dataclasses.replace(book, record_bytes=least - 1)
+    with pytest.raises(InputError, match=f"records of {least - 1} bytes: .* use some bytes more"):
+        smaller.quantize(latents)
 
 
 def test_the_same_records_with_one_thread_and_with_several(codebook):

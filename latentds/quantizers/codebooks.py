@@ -108,7 +108,7 @@ def sized_records(
     book: EntropyCodebook, latents_shape: tuple[int, int, int], record_bytes: int | None
 ) -> EntropyCodebook:
     """The same model and tables for other patches or records; see `sized_book`."""
-    from latentds.quantizers.entropy.record_encoding import least_bytes, most_bytes
+    from latentds.quantizers.entropy.record_encoding import least_record, most_bytes
 
     own, cells = math.prod(book.latents_shape[1:]), math.prod(latents_shape[1:])
     if latents_shape[0] != book.latents_shape[0]:
@@ -126,7 +126,7 @@ def sized_records(
     roomy = dataclasses.replace(
         book, latents_shape=latents_shape, lanes=lanes, record_bytes=MAX_RECORD_BYTES
     )
-    least = least_bytes(roomy)
+    least = least_record(roomy)
     if least > most:
         raise small
     wanted = record_bytes or min(max(usual, least), most)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentds.errors import ShapeError
+from latentds.errors import InputError, ShapeError
 from latentds.quantizers.entropy.contexts import scan_of
 from latentds.quantizers.entropy.native_model import native_model
 from latentds.quantizers.entropy.rans import COST_BITS, HEAD_BYTES, LARGEST
@@ -65,7 +66,7 @@ def encode_chunk(
         pending = pending[~fits]
         levels[pending] += 1
         if len(pending) and levels[pending].max() >= len(codebook.steps):
-            raise ValueError(
+            raise InputError(
                 f"records of {codebook.record_bytes} bytes: a patch does not fit at the coarsest "
                 "step; use some bytes more"
             )
@@ -211,11 +212,25 @@ def most_bytes(latents_shape: tuple[int, int, int]) -> int:
 
 
 def least_bytes(codebook: RecordModel) -> int:
-    """Bytes that any patch can be brought down to: those of nothing but zeros."""
+    """About the bytes that any patch can be brought down to: those of nothing but zeros."""
     channels, height, width = codebook.latents_shape
     zeros, level = np.zeros((1, channels, height * width), np.float32), np.zeros(1, np.int64)
     least = int(expected_bytes(zeros, level, codebook, 0)[0]) + MARGIN_BYTES
     return least
+
+
+def least_record(codebook: RecordModel) -> int:
+    """Bytes of the smallest record into which zeros fit, by trial.
+
+    Where a lane has few cells, its end takes more than `least_bytes` reckons with.
+    """
+    channels, height, width = codebook.latents_shape
+    zeros, level = np.zeros((1, channels, height * width), np.float32), np.zeros(1, np.int64)
+    integers, classes = integers_at(zeros, level, codebook, 0)
+    tried = dataclasses.replace(codebook, record_bytes=least_bytes(codebook))
+    while not write_records(integers, classes, level, tried)[1][0]:
+        tried = dataclasses.replace(codebook, record_bytes=tried.record_bytes + 1)
+    return tried.record_bytes
 
 
 def round_at_steps(

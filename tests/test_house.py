@@ -37,7 +37,7 @@ LINES = {
     "latentds/loading": 4_380,
     "latentds/models": 1_760,
     "latentds/quantizers": 3_580,
-    "latentds/sources": 6_310,
+    "latentds/sources": 6_320,
     "latentds/store": 5_430,
     "latentds/views": 1_180,
     "tools": 11_530,

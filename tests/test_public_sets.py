@@ -330,6 +330,16 @@ def test_labels_that_do_not_fit_an_array_are_refused(tmp_path, spoil, message):
         listed(tmp_path / "x.h5")
 
 
+def test_labels_of_an_array_are_read_and_what_else_lies_there_is_told(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "in").mkdir()
+    with h5py.File(tmp_path / "in" / "a.h5", "w") as file:
+        file["images"] = np.zeros((3, 16, 16, 3), np.uint8)
+        file["labels"], file["barcode"] = np.array([2, 0, 10]), np.arange(3)
+    assert told(tmp_path / "in", "label") == [("2",), ("0",), ("10",)]
+    assert "columns not used: barcode" in listed(tmp_path / "in")[1].notes
+
+
 def test_a_table_of_other_rows_beside_an_array_is_refused(tmp_path):
     write_pcam(tmp_path / "in")
     path = tmp_path / "in" / f"{PCAM}test_meta.csv"

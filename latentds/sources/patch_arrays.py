@@ -22,7 +22,8 @@ from latentds.sources.source import Inspection, Kept, Source
 
 SUFFIXES = (".h5", ".hdf5")
 ARRAYS = ("x", "img", "imgs", "images")  # of patches, uint8 (N, H, W, 3)
-LABELS, PLACES = "y", "coords"  # integers (N, ...) of one value each; (N, 2) at level 0
+LABELS = ("y", "label", "labels")  # integers (N, ...) of one value each
+PLACES = "coords"  # integers (N, 2), at level 0
 OF_ARRAY, OF_LABELS, OF_TABLE = "_x", "_y", "_meta.csv"  # PCam's files, how their names end
 BLOCK_BYTES = 1 << 23  # of patches that are read at once
 BLOCKS_KEPT = 2 * MIXED_CHUNKS
@@ -45,9 +46,10 @@ class Shape(NamedTuple):
 class PatchArrays(PicturesInFiles):
     """Every *.h5 of a folder that has an array of patches, or one. A source is `file.h5/row`.
 
-    Labels are `y`, in the same file or in NAME_y.h5 beside NAME_x.h5; what NAME_meta.csv says, a
-    row a patch, is taken as a record's. `coords` beside an array are its corners, and its file is
-    its slide. Splits are those of names. Blocks of rows are read, never a whole array.
+    Labels are `y` or `labels`, in the same file or in NAME_y.h5 beside NAME_x.h5; what
+    NAME_meta.csv says, a row a patch, is taken as a record's. `coords` beside an array are its
+    corners, and its file is its slide. Splits are those of names. Blocks of rows are read, never a
+    whole array.
     """
 
     kind = "HDF5 arrays of patches"
@@ -84,6 +86,7 @@ class PatchArrays(PicturesInFiles):
     def rows_of(self, file: str, split: str) -> Iterator[Picture]:
         shape, path = self.shape(file), self.root / file
         labels = read_labels(path, shape.rows) if self.options.labels else None
+        self.unused |= set(names_in(path)) - {shape.name, PLACES, *LABELS}
         shared = {"mpp": next((mpp for name, mpp in KNOWN_MPP.items() if name in file), None)}
         for row, fields in enumerate(self.facts_of(path, shape.rows)):
             own = {"label": labels[row]} if labels else {}
@@ -231,11 +234,17 @@ def read_block(path: Path, shape: Shape, number: int) -> np.ndarray:
 def read_labels(path: Path, rows: int) -> list[str] | None:
     """Class numbers of an array's rows as names, from the file or the one beside it; else None."""
     beside = Path(f"{path_stem(str(path))}{OF_LABELS}{path.suffix}")
-    for file in (path, beside):
-        found = read_integers(file, LABELS, rows, 1) if file.is_file() else None
-        if found is not None:
-            return [str(number) for number in found[:, 0].tolist()]
+    for file in filter(Path.is_file, (path, beside)):
+        for name in LABELS:
+            if (found := read_integers(file, name, rows, 1)) is not None:
+                return [str(number) for number in found[:, 0].tolist()]
     return None
+
+
+def names_in(path: Path) -> list[str]:
+    """What a file has at its top."""
+    with open_h5(path) as file:
+        return list(file)
 
 
 def read_integers(path: Path, name: str, rows: int, width: int) -> np.ndarray | None:

@@ -237,6 +237,13 @@ def test_a_dry_run_tells_the_bytes_of_the_set_or_refuses_as_its_conversion_does(
         assert json.loads(expected)["bytes_per_patch"] == json.loads(found)["bytes_per_patch"]
 
 
+def test_a_dry_run_tells_the_classes_of_the_set(tmp_path, capsys):
+    for folder, count in {"train/10": 2, "train/9": 1, "test": 1}.items():
+        save_pictures(tmp_path / "in" / folder, count)
+    words = ["convert", tmp_path / "in", "--out", tmp_path / "o", "--dry-run", "--json"]
+    assert list(json.loads(call(capsys, *words)[1])["classes"].items()) == [("9", 1), ("10", 2)]
+
+
 def test_fit_codebook_makes_an_additive_codebook_of_the_bytes_asked_for(pictures, tmp_path, capsys):
     from latentds.quantizers.codebooks import load_codebook
 

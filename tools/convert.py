@@ -120,7 +120,7 @@ def estimate(config: Config) -> dict[str, Any]:
     from latentds.conversion.conversion_plan import make_plan, plan_shards
     from latentds.conversion.prepared import choose_codes
     from latentds.sources.opening import open_source
-    from latentds.store.format import PATCH_DTYPE
+    from latentds.store.format import PATCH_DTYPE, sorted_names
 
     source = open_source(config)
     name = ALIASES.get(config.autoencoder, config.autoencoder)
@@ -134,11 +134,12 @@ def estimate(config: Config) -> dict[str, Any]:
     patches = len(plan.regions)
     read = sum(header.bytes for header in plan.headers)
     labels = [plan.source.label(plan.pictures[n], (x, y)) for n, x, y in plan.regions.tolist()]
+    counts = Counter(label for label in labels if label is not None)
     return {
         "dry_run": True,
         "patches": patches,
         "splits": {split: stop - start for split, (start, stop) in plan.splits.items()},
-        "classes": dict(sorted(Counter(labels).items())) if None not in labels else {},
+        "classes": {name: counts[name] for name in sorted_names(counts)},
         "patch_px": list(plan.patch_px),
         "bytes_per_patch": bytes_per_patch,
         "code_bytes": patches * bytes_per_patch,

@@ -34,7 +34,7 @@ LINES = {
     "latentds/embedders": 1_990,
     "latentds/evaluation": 4_710,
     "latentds/hub": 1_390,
-    "latentds/loading": 4_380,
+    "latentds/loading": 4_390,
     "latentds/models": 1_760,
     "latentds/quantizers": 3_580,
     "latentds/sources": 6_320,

@@ -177,6 +177,11 @@ def test_what_is_no_list_of_slides_is_refused(slides):
         Select(slides=slides)
 
 
+def test_a_text_is_no_list_of_columns(labelled):
+    with pytest.raises(ValueError, match="columns='source'; a list of names is wanted"):
+        LatentDataset(labelled, columns="source")
+
+
 def test_selection_reads_no_shard(labelled, monkeypatch):
     def refuse(*_):
         raise AssertionError("a shard was opened")

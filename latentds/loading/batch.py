@@ -255,12 +255,14 @@ class Collator:
         sets: Sequence[ShardSet],
         seed: int,
         decode: str,
-        columns: tuple[str, ...],
+        columns: Sequence[str],
         masks: bool,
         class_to_idx: Mapping[str, int] | None = None,
     ) -> None:
+        if isinstance(columns, str):  # whose letters would be names
+            raise ValueError(f"columns={columns!r}; a list of names is wanted")
         self.sets, self.seed, self.decode = sets, seed, decode
-        self.columns, self.masks = columns, masks
+        self.columns, self.masks = tuple(columns), masks
         self.vocabulary = Vocabulary(sets, class_to_idx)
         self.decoders = self.vocabulary.codebooks  # what codes become latents by
         self.integers = make_integers(self.decoders) if decode == "codes" else None

@@ -123,9 +123,7 @@ class LatentDataset(IterableDataset[Batch]):
             last=order.last,
             lanes=order.lanes,
         )
-        self.collator = Collator(
-            self.sets, seed, decode, tuple(columns), masks, select.class_to_idx
-        )
+        self.collator = Collator(self.sets, seed, decode, columns, masks, select.class_to_idx)
         given = normalize if isinstance(normalize, ChannelStatistics) else None
         self.statistics_given = given and checked_statistics(given, self.shards)
         if normalize:

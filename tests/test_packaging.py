@@ -42,9 +42,10 @@ def test_wheel_holds_the_packages_the_weights_and_nothing_else(tmp_path):
         "latentds/autoencoders/weights/tiny-v1.safetensors",
         "latentds/autoencoders/weights/tiny-v1-codebook.safetensors",
         "latentds/autoencoders/weights/tiny-v2/codec.json",
-        "latentds/autoencoders/weights/tiny-v2/records-4096.safetensors",
-        "latentds/autoencoders/weights/tiny-v2/records-2048.safetensors",
-        "latentds/autoencoders/weights/tiny-v2/records-8192.safetensors",
+        *(
+            f"latentds/autoencoders/weights/tiny-v2/records-{size}.safetensors"
+            for size in (1024, 2048, 4096, 8192)
+        ),
         "latentds/autoencoders/weights/tiny-v2/tables.safetensors",
         "latentds/autoencoders/weights/tiny-v2/weights.safetensors",
         "latentds/autoencoders/weights/tiny-v2/fast/decoder.json",

@@ -21,7 +21,6 @@ from latentds.quantizers.entropy import record_encoding as encoding
 from latentds.quantizers.entropy.native_model import native_model
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
-from latentds.quantizers.entropy.record_model import RATE_WEIGHT
 
 SHAPE = (6, 8, 8)
 RECORD_BYTES = 120
@@ -107,7 +106,7 @@ def test_records_too_small_for_a_patch_are_refused_by_the_encoder_alone(codebook
 def test_the_level_found_fits_and_the_next_finer_does_not(codebook):
     latents = laplacian_latents(70, 4)
     latents[0], latents[1:3] = 0, latents[1:3] * 1e3  # nothing to say, and too much for any step
-    values, weight = encoding.in_scan(latents, codebook), RATE_WEIGHT
+    values, weight = encoding.in_scan(latents, codebook), codebook.rate_weight
     levels = encoding.finest_levels(values, codebook, weight)
     budget = codebook.record_bytes - encoding.MARGIN_BYTES
     assert (encoding.expected_bytes(values, levels, codebook, weight) <= budget).all()
@@ -121,7 +120,7 @@ def test_rounding_goes_towards_zero_where_that_costs_less(codebook):
     values = encoding.in_scan(laplacian_latents(3, 5), codebook)
     levels = np.array([60, 120, 180])
     nearest, classes = encoding.integers_at(values, levels, codebook, 0)
-    found, _ = encoding.integers_at(values, levels, codebook, RATE_WEIGHT)
+    found, _ = encoding.integers_at(values, levels, codebook, codebook.rate_weight)
     exact = values / codebook.steps[levels][:, None, None]
     costs, channel = native_model(codebook).costs, np.arange(SHAPE[0])[:, None]
 
@@ -129,7 +128,7 @@ def test_rounding_goes_towards_zero_where_that_costs_less(codebook):
         symbols = integers + codebook.magnitude
         symbols[np.abs(integers) > codebook.extents[:, None]] = -1
         bits = costs[classes, channel, symbols] / 256
-        return (exact - integers) ** 2 + RATE_WEIGHT * bits
+        return (exact - integers) ** 2 + codebook.rate_weight * bits
 
     lower = nearest - np.sign(nearest)
     saved = price_of(nearest) - price_of(lower)
@@ -159,7 +158,7 @@ def test_patches_of_16_px_take_the_least_bytes_that_do():
     assert book.integers(book.quantize(torch.randn(40, 32, 2, 2) * 3)).intact.all()
 
 
-@pytest.mark.parametrize(("side", "least"), [(8, 100), (20, 396)])
+@pytest.mark.parametrize(("side", "least"), [(8, 37), (20, 168), (44, 780)])
 def test_the_least_bytes_that_are_told_do(side, least):
     latent_id, shape = load_autoencoder("tiny-v2").card.latent_id, (32, side, side)
     with pytest.raises(InputError, match=f"takes {least} to"):
@@ -167,9 +166,33 @@ def test_the_least_bytes_that_are_told_do(side, least):
     book = shipped_records(latent_id, shape, least).codebook
     latents = torch.randn(2, *shape) * 3
     assert book.integers(book.quantize(latents)).intact.all()
-    smaller = dataclasses.replace(book, record_bytes=least - 1)
-    with pytest.raises(InputError, match=f"records of {least - 1} bytes: .* use some bytes more"):
-        smaller.quantize(latents)
+
+
+def test_a_record_too_small_for_the_ends_of_its_lanes_is_refused():
+    latent_id, shape = load_autoencoder("tiny-v2").card.latent_id, (32, 8, 8)
+    book = dataclasses.replace(shipped_records(latent_id, shape, 100).codebook, lanes=16)
+    assert dataclasses.replace(book, record_bytes=100).quantize(torch.randn(1, *shape)).any()
+    with pytest.raises(InputError, match="records of 99 bytes: .* use some bytes more"):
+        dataclasses.replace(book, record_bytes=99).quantize(torch.randn(1, *shape))
+
+
+@pytest.mark.parametrize(("side", "size", "lanes"), [(32, 4096, 32), (32, 2048, 16), (8, 256, 2)])
+def test_a_lane_has_128_bytes(side, size, lanes):
+    """A lane takes 2.3 bytes whatever it codes: of 16 lanes and 256 bytes a seventh."""
+    latent_id = load_autoencoder("tiny-v2").card.latent_id
+    book = shipped_records(latent_id, (32, side, side), size).codebook
+    assert (book.record_bytes, book.lanes) == (size, lanes)
+
+
+@pytest.mark.parametrize(
+    ("size", "weight"), [(512, 0.08), (2048, 0.08), (3072, 0.0533), (8192, 0.04)]
+)
+def test_a_bit_is_worth_more_where_there_are_fewer(size, weight):
+    latent_id = load_autoencoder("tiny-v2").card.latent_id
+    book = shipped_records(latent_id, (32, 32, 32), size).codebook
+    assert book.rate_weight == pytest.approx(weight, rel=0.02)
+    latents = torch.randn(2, 32, 32, 32)
+    assert torch.equal(book.quantize(latents), book.quantize(latents, book.rate_weight))
 
 
 def test_the_same_records_with_one_thread_and_with_several(codebook):

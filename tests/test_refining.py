@@ -21,7 +21,6 @@ from latentds.quantizers.entropy.native_model import native_model
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_encoding import round_at_steps
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
-from latentds.quantizers.entropy.record_model import RATE_WEIGHT
 from latentds.quantizers.scalar_fit import fit_codebook
 from latentds.store.golden import psnr_db
 from latentds.store.manifest import read_manifest
@@ -136,7 +135,7 @@ def test_absurd_numbers_of_steps_are_refused(steps, images, autoencoder, codeboo
 
 def test_rounding_at_a_records_step_is_what_the_record_holds(autoencoder, images, codebooks):
     codebook, latents = codebooks["rans"], autoencoder.encode(images)
-    records = codebook.quantize(latents, rate_weight=RATE_WEIGHT)
+    records = codebook.quantize(latents, rate_weight=codebook.rate_weight)
     points, _ = round_at_steps(latents, records[:, 0].long(), codebook)
     assert torch.allclose(points, codebook.dequantize(records), rtol=0, atol=1e-6)
 

@@ -202,7 +202,7 @@ def test_fit_codebook_makes_tables_of_records_that_convert_takes(
     assert summary["codebook"]["fit"]["record_fit"]["patches"] == 12
 
 
-@pytest.mark.parametrize("asked", [60, 300])
+@pytest.mark.parametrize("asked", [18, 300])
 def test_bytes_that_records_cannot_have_are_refused_with_those_they_can(
     record_tables, tmp_path, capsys, asked
 ):
@@ -213,9 +213,15 @@ def test_bytes_that_records_cannot_have_are_refused_with_those_they_can(
         code, _, err = call(capsys, *command)
         assert code == 1 and f"{book}: --bytes {asked}: by these tables" in err
         assert re.search(r"takes \d+ to 260", err)
+
+
+def test_tables_for_more_bytes_than_records_can_have_are_not_fitted(
+    record_tables, tmp_path, capsys
+):
+    words = [record_tables[0], "--autoencoder", "tiny", "--device", "cpu", "--bytes", 300]
     fit = ["fit-codebook", *words, "--kind", "rans", "--out", tmp_path / "b.safetensors"]
     code, _, err = call(capsys, *fit)
-    assert code == 1 and f"--bytes {asked}: records of {asked} bytes: no tables" in err
+    assert code == 1 and "--bytes 300: records of 300 bytes: no tables" in err
     assert re.search(r"possible are about \d+ to \d+, or additive codes", err)
 
 

@@ -24,7 +24,7 @@ from latentds.core.storage import parse_json, write_atomically
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.quantizers.additive import AdditiveCodebook
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
-from latentds.quantizers.entropy.record_model import LEAST_SIDE, MAX_RECORD_BYTES
+from latentds.quantizers.entropy.record_model import LEAST_SIDE, MAX_RECORD_BYTES, lanes_for
 from latentds.quantizers.scalar import AnyCodebook, Codebook
 from latentds.version import __version__
 
@@ -37,7 +37,7 @@ ENCODINGS: dict[str, type[Codebook] | type[AdditiveCodebook] | type[EntropyCodeb
 DIGITS = 7  # what a float32 holds
 WEIGHTS = "latentds.autoencoders"  # what ships lies beside the networks whose latents it codes
 USUAL_BYTES, USUAL_CELLS = 4096, 1024  # of a record of a patch of 256 px
-RECORDS = tuple(f"tiny-v2/records-{size}.safetensors" for size in (4096, 2048, 8192))
+RECORDS = tuple(f"tiny-v2/records-{size}.safetensors" for size in (4096, 2048, 8192, 1024))
 
 
 def unknown_encoding(value: object, where: str, made_by: object = None) -> FormatError:
@@ -122,11 +122,16 @@ def sized_records(
     usual = book.record_bytes * cells // own
     if (latents_shape, record_bytes or usual) == (book.latents_shape, book.record_bytes):
         return book
-    lanes, most = min(book.lanes, max(1, cells // 4)), most_bytes(latents_shape)
-    roomy = dataclasses.replace(
-        book, latents_shape=latents_shape, lanes=lanes, record_bytes=MAX_RECORD_BYTES
-    )
-    least = least_record(roomy)
+    most = most_bytes(latents_shape)
+
+    def of_bytes(size: int) -> EntropyCodebook:
+        lanes = lanes_for(size, cells, book.lanes)
+        return dataclasses.replace(
+            book, latents_shape=latents_shape, lanes=lanes, record_bytes=MAX_RECORD_BYTES
+        )
+
+    least = least_record(of_bytes(record_bytes or usual))
+    least = max(least, least_record(of_bytes(least)))  # more bytes may have more lanes
     if least > most:
         raise small
     wanted = record_bytes or min(max(usual, least), most)
@@ -135,7 +140,7 @@ def sized_records(
             f"--bytes {wanted}: by these tables a patch of {cells:,} cells takes {least:,} to "
             f"{most:,}"
         )
-    return dataclasses.replace(roomy, record_bytes=wanted)
+    return dataclasses.replace(of_bytes(wanted), record_bytes=wanted)
 
 
 def tiny_codebook() -> StoredCodebook:

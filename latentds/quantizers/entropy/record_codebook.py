@@ -20,7 +20,6 @@ from latentds.quantizers.entropy.record_model import (
     ARRAYS,
     DTYPES,
     KIND,
-    RATE_WEIGHT,
     RecordModel,
     check_codebook,
 )
@@ -75,19 +74,21 @@ class EntropyCodebook(RecordModel):
             return None
         return f"a record of step {largest}, but the codebook has {len(self.steps)} steps"
 
-    def quantize(self, latents: Tensor, rate_weight: float = RATE_WEIGHT) -> Tensor:
+    def quantize(self, latents: Tensor, rate_weight: float | None = None) -> Tensor:
         """Records uint8 (B, R) of latents float (B, C, h, w): the finest step that fits, each.
 
         The same bytes whatever the batch and the threads; computed on the CPU. A patch that does
         not fit at the coarsest step loses channels, the last coded first.
 
-        rate_weight  what a bit is worth in squared steps when rounding; 0 takes the nearest
+        rate_weight  what a bit is worth in squared steps when rounding, by default the
+                     codebook's own; 0 takes the nearest
         raises       ShapeError for other latents, ValueError on NaN or infinity, and where records
                      are too small for some patches (`check_reach`)
         """
         from latentds.quantizers.entropy import record_encoding
 
-        return record_encoding.encode_records(latents, self, rate_weight)
+        weight = self.rate_weight if rate_weight is None else rate_weight
+        return record_encoding.encode_records(latents, self, weight)
 
     def integers(self, records: Tensor) -> DecodedRecords:
         """The integers, steps and soundness of records uint8 (B, R), on their device.

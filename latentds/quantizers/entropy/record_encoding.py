@@ -18,7 +18,7 @@ from latentds.errors import InputError, ShapeError
 from latentds.quantizers.entropy.contexts import scan_of
 from latentds.quantizers.entropy.native_model import native_model
 from latentds.quantizers.entropy.rans import COST_BITS, HEAD_BYTES, LARGEST
-from latentds.quantizers.entropy.record_model import RATE_WEIGHT, RecordModel
+from latentds.quantizers.entropy.record_model import RecordModel
 
 CHUNK = 256  # patches encoded at a time: some 100 MB
 # Bytes of a stream that its symbols' costs do not tell: the first states hold half a word on
@@ -248,7 +248,7 @@ def round_at_steps(
     """
     values, levels = in_scan(latents, codebook), step_index.cpu().numpy()
     steps = codebook.steps[levels][:, None, None]
-    integers, classes = integers_at(values, levels, codebook, RATE_WEIGHT)
+    integers, classes = integers_at(values, levels, codebook, codebook.rate_weight)
     slopes = bits_slopes(values / steps, classes, codebook)
     points, pull = (from_scan(found * steps, codebook) for found in (integers, slopes))
     return points.to(latents.device), pull.to(latents.device)

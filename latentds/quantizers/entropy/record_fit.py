@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ from latentds.quantizers.entropy.contexts import scan_of
 from latentds.quantizers.entropy.native_model import native_model
 from latentds.quantizers.entropy.rans import COST_BITS, HEAD_BYTES, LARGEST
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
-from latentds.quantizers.entropy.record_model import MAX_STEPS, RATE_WEIGHT
+from latentds.quantizers.entropy.record_model import MAX_STEPS, lanes_for
 from latentds.quantizers.entropy.table_fit import count_integers, count_tables, fit_model
 
 MAX_FIT_PATCHES = 512  # 1,024 change the bytes of other patches by less than 0.1 %
@@ -75,7 +76,7 @@ def fit_entropy_codebook(
     gains         float (C,): how many integers a unit of a channel is worth at step 1, the same for
                   a network trained with a rate term or for one whose error is told by mean
                   squared error; None for 1
-    lanes         by default 32, or as many as a quarter of the cells, if those are fewer
+    lanes         by default 32, of small records one for 128 bytes or for four cells
     classes       K; 1 for one table a channel, without a model
     raises        ShapeError or ValueError for latents that cannot be used, and for bytes that they
                   cannot reach, with those that they can
@@ -87,7 +88,7 @@ def fit_entropy_codebook(
         raise ShapeError(f"gains have shape {weights.shape} for {channels} channels")
     cells = torch.from_numpy(scan_of(height, width).cells)
     values = sample.flatten(2).index_select(2, cells) * torch.from_numpy(weights)[:, None]
-    lanes = lanes or min(LANES, max(1, height * width // 4))
+    lanes = lanes or lanes_for(record_bytes, height * width, LANES)
     shape = (channels, height, width)
     try:
         if record_bytes > encoding.most_bytes(shape):
@@ -102,7 +103,7 @@ def fit_entropy_codebook(
     except ValueError as error:
         raise ValueError(
             f"records of {record_bytes} bytes: no tables of these latents bring every patch "
-            f"to that size; {possible_bytes(values, shape, lanes)}"
+            f"to that size; {possible_bytes(values, shape)}"
         ) from error
     return codebook, report(values, nominal, codebook)
 
@@ -128,14 +129,15 @@ def plain_codebook(
     return codebook, nominal
 
 
-def possible_bytes(values: Tensor, latents_shape: tuple[int, int, int], lanes: int) -> str:
+def possible_bytes(values: Tensor, latents_shape: tuple[int, int, int]) -> str:
     """What record sizes tables of such values can reach, in words: tried, a sixteenth apart."""
     most, found = encoding.most_bytes(latents_shape), []
     for sixteenths in range(1, 17):
         record_bytes = most * sixteenths // 16
         try:
-            parts = (values[:RANGE_PATCHES], latents_shape, record_bytes, lanes)
-            encoding.check_reach(plain_codebook(*parts)[0])
+            lanes = lanes_for(record_bytes, math.prod(latents_shape[1:]), LANES)
+            tried = plain_codebook(values[:RANGE_PATCHES], latents_shape, record_bytes, lanes)[0]
+            encoding.check_reach(tried)
         except ValueError:
             continue
         found.append(record_bytes)
@@ -217,8 +219,8 @@ def at_own_steps(
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """Integers int32 (N, C, h*w) of every patch at its level, their classes, the levels (N,)."""
     scaled = values.numpy()
-    levels = encoding.finest_levels(scaled, codebook, RATE_WEIGHT)
-    integers, classes = encoding.integers_at(scaled, levels, codebook, RATE_WEIGHT)
+    levels = encoding.finest_levels(scaled, codebook, codebook.rate_weight)
+    integers, classes = encoding.integers_at(scaled, levels, codebook, codebook.rate_weight)
     return torch.from_numpy(integers.clip(-LARGEST, LARGEST)), classes, levels
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from typing import ClassVar
 
 import numpy as np
@@ -16,9 +17,11 @@ from latentds.quantizers.entropy.contexts import PHASES
 from latentds.quantizers.entropy.rans import HEAD_BYTES, MAX_SYMBOLS, STATE_BYTES, TOTAL
 
 KIND = "rans"
-# What a bit is worth, in squared steps, when a value is rounded towards zero. At tiny-v2's 2,048
-# bytes 0.1 dB better than the nearest on H&E, at 4,096 the same; 0.1 loses similarity.
-RATE_WEIGHT = 0.04
+# What a bit is worth, in squared steps, when a value is rounded towards zero: of records of a bit a
+# value and more, and twice as much of those of half a bit and less. On H&E tiny-v2's 4,096 bytes (a
+# bit) keep less with more, by EfficientNet-Lite0 its 2,048 bytes keep more.
+RATE_WEIGHT, LEAST_BITS = 0.04, 0.5
+LANE_SHARE = 128  # bytes of a record for each lane, which takes 2.3 of them
 ARRAYS = (  # in the order in which they are hashed
     *(("steps", "<f4"), ("gains", "<f4"), ("order", "<i2"), ("parents", "<i2")),
     *(("weights", "<i2"), ("thresholds", "<i4"), ("tables", "<u2")),
@@ -75,6 +78,12 @@ class RecordModel:
         return (int(self.tables.shape[2]) - 2) // 2
 
     @property
+    def rate_weight(self) -> float:
+        """What a bit is worth when values are rounded, in squared steps."""
+        bits = 8 * self.record_bytes / math.prod(self.latents_shape)
+        return RATE_WEIGHT / min(max(bits, LEAST_BITS), 1.0)
+
+    @property
     def turns(self) -> list[int]:
         """Turns of a channel's three phases: every lane codes a value in each."""
         _, height, width = self.latents_shape
@@ -98,6 +107,11 @@ class RecordModel:
         for name, dtype in ARRAYS:
             digest.update(np.ascontiguousarray(getattr(self, name), dtype).tobytes())
         return f"sha256:{digest.hexdigest()}"
+
+
+def lanes_for(record_bytes: int, cells: int, most: int) -> int:
+    """Lanes of a record: as many as its bytes and its latent cells have use for."""
+    return max(min(most, record_bytes // LANE_SHARE, cells // 4), 1)
 
 
 def check_codebook(codebook: RecordModel) -> None:

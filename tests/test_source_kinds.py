@@ -11,7 +11,14 @@ from PIL import Image
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
 from latentds.sources import kinds
-from latentds.sources.image_folder import SPLITS, is_identifier, known_patient, read_folders
+from latentds.sources.image_folder import (
+    SPLITS,
+    is_identifier,
+    known_patient,
+    note_numbers,
+    path_fields,
+    read_folders,
+)
 from latentds.sources.kinds import sort_files
 from latentds.sources.names import pattern_patient, split_word, splits_of
 from latentds.sources.opening import list_source, open_source
@@ -135,6 +142,36 @@ def test_tiles_in_folders_of_known_slides_are_places(tmp_path):
     (folder / "p000.png").rename(folder / "3_4.png")
     (picture,) = listed(tmp_path / "in")[1].pictures
     assert (picture.slide, picture.x, picture.y) == (folder.name, 96, 128)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("ytma10_malignant2__y512_x256", "ys512_xs256", "a_X256_Y512", "x256y512"),
+        *("18B_Region_8_16_xini_256_yini_512", "idx5_x256_y512_class0", "(x=256, y=512)"),
+    ],
+)
+def test_places_in_names_are_read_in_either_order(name):
+    assert path_fields(f"a/{name}.png") == {"x": 256, "y": 512}
+
+
+@pytest.mark.parametrize("name", ["xmax256_ymax512", "x256_x512", "y256_512", "max1_y2"])
+def test_numbers_that_are_no_corner_are_no_place(name):
+    assert path_fields(f"{name}.png") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("a_row{}_col5", "row#_col#"),
+        ("{}_r2_c3", "#_r#_c#"),
+        ("TCGA-AA-0001-01Z-00-DX1_{}_8001_0.98", "#_#_#_#"),
+        ("Tile__{}_11776_", "#_#_"),
+    ],
+)
+def test_numbers_of_a_grid_that_end_all_names_are_told_as_not_read(name, form):
+    (note,) = note_numbers(f"{name.format(number)}.png" for number in range(3))
+    assert f"names end in {form}, which is not read" in note
 
 
 UUIDS = [f"{n}a1b2c3d-1111-4222-8333-444455556666" for n in range(2)]

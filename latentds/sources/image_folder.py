@@ -58,11 +58,16 @@ NO_CLASS = {"na", "n/a", "#n/a", "nan", "null", "none"}  # what programs write f
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 DICOM_UID = re.compile(r"\d+(?:\.\d+){5,}")
 CENTRE = re.compile(r"cent(?:er|re)_?\d+", re.IGNORECASE)  # CAMELYON17's folders
-# x and y in a tile's name where it says so: `..._x1024_y2048`, `x=1024,y=2048`.
+# x and y in a tile's name where it says so, in either order: `..._x1024_y2048`, `x=1024,y=2048`,
+# `y512_x256` (UCSB), `xini_46290_yini_19855` (SICAPv2).
 NAMED_PLACE = re.compile(
-    r"(?<![a-z])x=?[-_]?(\d{1,9})[_,;-]+y=?[-_]?(\d{1,9})(?!\d)", re.IGNORECASE
+    r"(?<![a-z])([xy])(s|ini|init|min|pos|start|px)?[=_-]*(\d{1,9})[_,; -]*"
+    r"(?!\1)([xy])(?(2)\2)[=_-]*(\d{1,9})(?!\d)",
+    re.IGNORECASE,
 )
-NUMBERS = re.compile(r"\d+(?:[_-]\d+)+$")  # in which a name ends: places, or who knows
+# In which a name ends, each perhaps behind a word of a grid: places, or who knows.
+NUMBER = r"\d+(?:\.\d+)?"
+NUMBERS = re.compile(rf"(?:[a-z]|row|col)?=?{NUMBER}(?:[_-]+(?:[a-z]|row|col)?=?{NUMBER})+[_-]*$")
 DUMPED = re.compile(r"\d{6}_x\d+_y\d+\.\w+")  # TRIDENT's patch_images/SLIDE/000000_x0_y512.png
 # QuPath's TileExporter: `slide [d=2,x=0,y=512,w=512,h=512].png`, in pixels of level 0.
 QUPATH = re.compile(
@@ -324,7 +329,7 @@ def path_fields(path: str) -> dict[str, Any]:
             found |= {"x": int(tile[2]), "y": int(tile[3])}
         found.setdefault("slide", tile[1])
     elif place := NAMED_PLACE.search(parts[-1]):
-        found |= {"x": int(place[1]), "y": int(place[2])}
+        found |= {place[1].lower(): int(place[3]), place[4].lower(): int(place[5])}
         if DUMPED.fullmatch(parts[-1]) and len(parts) > 1:
             found.setdefault("slide", parts[-2])
     return found
@@ -333,7 +338,7 @@ def path_fields(path: str) -> dict[str, Any]:
 def note_numbers(paths: Iterable[str]) -> tuple[str, ...]:
     """That the numbers in which all these names end are not read, for people; else nothing."""
     ends = (NUMBERS.search(PurePosixPath(path).stem) for path in paths)
-    forms = {re.sub(r"\d+", "#", end[0]) if end else "" for end in ends}
+    forms = {re.sub(NUMBER, "#", end[0]) if end else "" for end in ends}
     if len(forms) != 1 or forms == {""}:
         return ()
     return (f"names end in {forms.pop()}, which is not read; --name-pattern reads places, slides",)

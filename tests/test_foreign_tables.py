@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from latentds.edit.extracting import extract
-from latentds.errors import InputError, UnknownNameError
+from latentds.errors import InputError, LatentdsError, UnknownNameError
 from latentds.evaluation.groups import groups_of, read_labels
 from latentds.sources.csv_tables import read_table
 from latentds.sources.names import columns_of, note_unused
@@ -99,6 +99,34 @@ def test_paths_of_other_systems_lead_to_the_files_here(tmp_path, begin):
     convert_with_mean(tmp_path / "t.csv", tmp_path / "out")
     sources = ShardSet(tmp_path / "out").read_columns(np.arange(2), ["source"])["source"]
     assert sorted(sources) == ["tumour/p000.png", "tumour/p001.png"]
+
+
+def refusal(table: Path, text: str, **options) -> str:
+    table.write_text(text)
+    with pytest.raises(LatentdsError) as error:
+        convert_with_mean(table, table.parent / "out", **options)
+    return str(error.value)
+
+
+def test_a_table_none_of_whose_files_is_there_is_told_with_the_way_to_them(tmp_path):
+    save_pictures(tmp_path / "elsewhere", 2)
+    text = "path,label\np000.png,a\np001.png,b\n"
+    told = refusal(tmp_path / "t.csv", text, max_bad=2)
+    assert f"none of the files that it names is there (first: {tmp_path}/p000.png)" in told
+    assert "pass --root with the folder" in told and "--max-bad" not in told
+
+
+def test_a_file_that_a_table_names_in_vain_is_told_below_its_root(tmp_path):
+    save_pictures(tmp_path / "elsewhere", 2)
+    told = refusal(tmp_path / "t.csv", "path\np000.png\np009.png", root=tmp_path / "elsewhere")
+    assert told.startswith(f"{tmp_path}/elsewhere/p009.png: is not there; --root names")
+
+
+@pytest.mark.parametrize("text", ["label,x,y\na,1,2\n", "p000.png\np001.png\n"])
+def test_a_table_without_a_column_of_files_is_told_what_to_call_it(tmp_path, text):
+    first = ", ".join(text.splitlines()[0].split(","))
+    told = refusal(tmp_path / "t.csv", text)
+    assert f"no column 'path' of files; its first line names {first}. Call the column" in told
 
 
 def test_what_extract_writes_convert_reads(dataset, tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentds.errors import InputError
+from latentds.errors import InputError, UnusableError
 from latentds.sources.csv_tables import SUFFIXES, TextTable, read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import DEFAULT_SPLIT, check_labels
@@ -56,6 +56,17 @@ class PictureTable(PictureFiles):
     def listing(self) -> Listing:
         return list_table(self.options)
 
+    def file(self, picture: Picture) -> Path:
+        return listed_file(self.root / picture.source)
+
+
+def listed_file(path: Path) -> Path:
+    """A path that a row names; UnusableError (without the name) where nothing is there."""
+    if path.exists():
+        return path
+    raise UnusableError("is not there; --root names the folder where a table's paths start",
+                        "missing")  # fmt: skip
+
 
 def list_table(options: SourceOptions) -> Listing:
     """The pictures that an input's rows name, and the columns that nobody reads."""
@@ -69,6 +80,11 @@ def list_table(options: SourceOptions) -> Listing:
         row_picture(f"{table.path}, row {number}", root, row, options.labels)
         for number, row in enumerate(rows, 1)
     )
+    if not any((root / picture.source).exists() for picture in pictures):
+        raise InputError(
+            f"{table.path}: none of the files that it names is there (first: "
+            f"{root / pictures[0].source}); pass --root with the folder where its paths start"
+        )
     lack, way = "have no label, though others of their split have", "fill it in, or drop those rows"
     check_labels(table.path, pictures, options.labels, lack, way)
     words = [row["split"] for row in rows] if "split" in columns else []
@@ -77,10 +93,19 @@ def list_table(options: SourceOptions) -> Listing:
 
 
 def path_columns(table: TextTable) -> dict[str, str]:
-    """Columns by field; of a list of slides, as TRIDENT's, the slide is the path."""
+    """Columns by field; of a list of slides, as TRIDENT's, the slide is the path.
+
+    raises  InputError where no column has paths, as in a list without a first line of names
+    """
     columns = columns_of(table, FIELDS)
     if "path" not in columns and "slide" in columns:
         columns["path"] = columns.pop("slide")
+    if "path" not in columns:
+        raise InputError(
+            f"{table.path}: no column 'path' of files; its first line names "
+            f"{', '.join(table.columns)[:200] or 'none'}. Call the column of files 'path', or put "
+            "a line of names before the first"
+        )
     return columns
 
 
@@ -238,13 +263,16 @@ class ListedSlides(Slides):
         told = note_unused_regions(self.chosen, [str(p.slide) for p in pictures])
         return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, *told))
 
+    def file(self, picture: Picture) -> Path:
+        return listed_file(self.root / picture.source)
+
 
 def lists_slides(options: SourceOptions) -> bool:
     """Whether the first row of a table that names a file names a slide."""
     table = read_table(options.source)
-    column = path_columns(table).get("path")
+    column = path_columns(table)["path"]
     root = options.root or options.source.parent
-    names = [row[column].strip().replace("\\", "/") for row in table.rows] if column else []
+    names = [row[column].strip().replace("\\", "/") for row in table.rows]
     first = next((name for name in names if name and (root / name).is_file()), None)
     if first is None or options.kind is not None:
         return first is not None and options.kind == "slides"

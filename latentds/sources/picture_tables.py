@@ -1,12 +1,15 @@
-"""Pictures, or slides, listed in a table: CSV, TSV or Parquet."""
+"""Pictures, slides, or places in slides, listed in a table: CSV, TSV or Parquet."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import numpy as np
 
 from latentds.errors import InputError, UnusableError
 from latentds.sources.csv_tables import SUFFIXES, TextTable, read_table
@@ -22,14 +25,16 @@ from latentds.sources.names import (
     patient_of,
     slide_name,
 )
-from latentds.sources.picture import Listing, Picture
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.slide_names import NameIndex, named_once, path_ends, some
 from latentds.sources.slide_regions import note_unused_regions
 from latentds.sources.slides import Slides
 from latentds.sources.source import Inspection, Source
 
-FIELDS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split", "mask")
+SLIDE_FIELDS = ("path", "label", "slide", "patient", "mpp", "split")
+PLACE_FIELDS = (*SLIDE_FIELDS, "x", "y", "size_px")
+FIELDS = (*PLACE_FIELDS, "mask")
 DRIVE = re.compile(r"[A-Za-z]:/|//")  # how Windows begins a whole path, slashes turned
 FACTS = ("split", "label", "patient", "mpp")
 CLAM_PARTS = ("train", "val", "test")
@@ -54,7 +59,7 @@ class PictureTable(PictureFiles):
         return cls(found.options) if found.is_file else None
 
     def listing(self) -> Listing:
-        return list_table(self.options)
+        return list_table(self.options, FIELDS)
 
     def file(self, picture: Picture) -> Path:
         return listed_file(self.root / picture.source)
@@ -68,12 +73,12 @@ def listed_file(path: Path) -> Path:
                         "missing")  # fmt: skip
 
 
-def list_table(options: SourceOptions) -> Listing:
-    """The pictures that an input's rows name, and the columns that nobody reads."""
+def list_table(options: SourceOptions, fields: Sequence[str]) -> Listing:
+    """What an input's rows name, with those fields, and the columns that nobody reads."""
     table = read_table(options.source)
     if not table.rows:
         raise InputError(f"{table.path}: no rows")
-    columns = path_columns(table)
+    columns = {field: c for field, c in path_columns(table).items() if field in fields}
     root = options.root or options.source.parent
     rows = [{field: row[c].strip() for field, c in columns.items()} for row in table.rows]
     pictures = tuple(
@@ -244,6 +249,7 @@ class ListedSlides(Slides):
 
     kind = "a table of slides"
     marks = PictureTable.marks
+    fields: tuple[str, ...] = SLIDE_FIELDS
 
     def __init__(self, options: SourceOptions) -> None:
         super().__init__(options)
@@ -251,29 +257,110 @@ class ListedSlides(Slides):
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
-        return cls(found.options) if found.is_file and lists_slides(found.options) else None
+        columns = slide_columns(found.options) if found.is_file else {}
+        if not columns:
+            return None
+        return (ListedPlaces if columns.keys() & {"x", "y"} else cls)(found.options)
 
     def listing(self) -> Listing:
-        found = list_table(self.options)
-        pictures = tuple(
-            dataclasses.replace(p, slide=p.slide or PurePosixPath(p.source).stem)
-            for p in found.pictures
-        )
-        named_once(self.root, ((str(p.slide), p.source) for p in pictures))
-        told = note_unused_regions(self.chosen, [str(p.slide) for p in pictures])
+        found = list_table(self.options, self.fields)
+        slides = [(p.slide or PurePosixPath(p.source).stem, p) for p in found.pictures]
+        pictures = tuple(dataclasses.replace(p, slide=name) for name, p in slides)
+        named_once(self.root, ((name, p.source) for name, p in slides))
+        told = note_unused_regions(self.chosen, [name for name, _ in slides])
         return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, *told))
 
     def file(self, picture: Picture) -> Path:
         return listed_file(self.root / picture.source)
 
 
-def lists_slides(options: SourceOptions) -> bool:
-    """Whether the first row of a table that names a file names a slide."""
+def slide_columns(options: SourceOptions) -> dict[str, str]:
+    """A table's columns by field where the first row that names a file names a slide, else none."""
     table = read_table(options.source)
-    column = path_columns(table)["path"]
+    columns = path_columns(table)
     root = options.root or options.source.parent
-    names = [row[column].strip().replace("\\", "/") for row in table.rows]
+    names = (row[columns["path"]].strip().replace("\\", "/") for row in table.rows)
     first = next((name for name in names if name and (root / name).is_file()), None)
-    if first is None or options.kind is not None:
-        return first is not None and options.kind == "slides"
-    return bool(sort_files(root, [first]).slides)  # a tiled TIFF of one level is a patch
+    if first is None:
+        return {}
+    # A tiled TIFF of one level is a patch.
+    is_slide = options.kind == "slides" if options.kind else sort_files(root, [first]).slides
+    return columns if is_slide else {}
+
+
+class ListedPlaces(ListedSlides):
+    """Places in slides, a row each: path, and x and y, a patch's corner in pixels of level 0.
+
+    A patch is as wide as size_px says, else of --patch-size and --mpp. Its source is `slide/x_y`.
+    """
+
+    kind = "a table of places in slides"
+    fields = PLACE_FIELDS
+    has_looks = False  # a look is of a slide, a picture here of a place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.options,), {"edge": self.edge}
+
+    def listing(self) -> Listing:
+        found = super().listing()
+        self.rows = Counter(picture.source for picture in found.pictures)
+        widths = {picture.size_px for picture in found.pictures}
+        for number, picture in enumerate(found.pictures, 1):
+            needed = ("x", "y", *(("size_px",) if widths != {None} else ()))
+            if lacking := [name for name in needed if getattr(picture, name) is None]:
+                raise InputError(
+                    f"{self.options.source}, row {number}: no {lacking[0]}; a place in a slide "
+                    f"needs {', '.join(needed)}"
+                )
+        self.take_width(widths)
+        pictures = tuple(
+            dataclasses.replace(p, source=f"{p.source}/{p.x}_{p.y}") for p in found.pictures
+        )
+        return dataclasses.replace(found, pictures=pictures)
+
+    def take_width(self, widths: set[int | None]) -> None:
+        """Patches are as wide as their places where one width is theirs and nothing else says."""
+        if widths == {None}:
+            return
+        where = f"{self.options.source}: size_px says how large places are"
+        if self.options.mpp is not None:
+            raise InputError(f"{where}; leave --mpp and --magnification")
+        if self.options.patch_size is None:
+            if len(widths) > 1:
+                raise InputError(f"{where}, and they differ; pass --patch-size")
+            (self.edge,) = (width for width in widths if width)
+
+    def file(self, picture: Picture) -> Path:
+        return listed_file((self.root / picture.source).parent)
+
+    def chunk(self, picture: Picture) -> str:
+        return str(PurePosixPath(picture.source).parent)
+
+    def header(self, picture: Picture) -> Header:
+        header = super().header(picture)
+        return dataclasses.replace(header, bytes=header.bytes // self.rows[self.chunk(picture)])
+
+    def find_places(self, picture: Picture, slide: Any) -> np.ndarray:
+        """The row's corner; none where its patch reaches beyond the slide and --edges drops it."""
+        at, (width, height) = np.array([[picture.x, picture.y]], np.int32), slide.dimensions
+        if (at >= (width, height)).any():
+            raise UnusableError(f"lies outside of its slide of {width}x{height} px", "coordinates")
+        reach = at + round(self.edge * self.scale(picture, slide))
+        if self.options.edges == "drop" and (reach > (width, height)).any():
+            self.empty[picture.source] = "reaches beyond its slide (--edges drop)"
+            return at[:0]
+        return at
+
+    def scale(self, picture: Picture, slide: Any) -> float:
+        return picture.size_px / self.edge if picture.size_px else super().scale(picture, slide)
+
+    def own_mpp(self, picture: Picture, slide: Any) -> float | None:
+        try:
+            return super().own_mpp(picture, slide)
+        except InputError:
+            if picture.size_px is None:
+                raise
+            return None  # the table says where the patch lies all the same
+
+    def facts(self) -> dict[str, Any]:
+        return {"edges": self.options.edges}

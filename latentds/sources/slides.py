@@ -143,11 +143,12 @@ class Slides(Source):
 
     def open(self, picture: Picture) -> Any:
         """A slide's handle; the least recently used of many is closed by its last reader."""
-        path, name = self.file(picture), picture.source
+        path = self.file(picture)
+        name = path.relative_to(self.root).as_posix()
         try:
-            return self.handles.get(name, lambda: open_slide(path, self.transport, name))
+            return self.handles.get(str(path), lambda: open_slide(path, self.transport, name))
         except BaseException:
-            self.handles.drop(name)  # a moment later it may open
+            self.handles.drop(str(path))  # a moment later it may open
             raise
 
     def find_places(self, picture: Picture, slide: Any) -> np.ndarray:
@@ -288,7 +289,7 @@ class Slides(Source):
         """Drop a handle that an error of OpenSlide broke; any other error is raised."""
         if not is_slide_error(error):
             raise error
-        self.handles.drop(picture.source)
+        self.handles.drop(str(self.file(picture)))
 
     def check_enlarging(self, scale: float) -> None:
         """Refuse patches finer than the slide; InputError (without the name)."""
@@ -363,7 +364,7 @@ class Slides(Source):
         except InputError:
             raise
         except Exception as error:
-            self.handles.drop(picture.source)
+            self.handles.drop(str(self.file(picture)))
             if is_slide_error(error):
                 raise UnusableError(f"{UNREADABLE} ({reason_of(error)})") from error
             raise

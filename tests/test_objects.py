@@ -293,6 +293,12 @@ def test_convert_reads_from_an_object_store(pictures, memory, tmp_path, capsys):
     assert "memory://bucket/none: no files there" in capsys.readouterr().err
 
 
+def test_a_location_of_one_file_is_told_to_be_one(memory, tmp_path):
+    memory.pipe("/bucket/in/s1.svs", b"slide")
+    with pytest.raises(InputError, match=r"in/s1\.svs: one file; name its folder, and the file in"):
+        download("memory://bucket/in/s1.svs", tmp_path)
+
+
 @pytest.mark.parametrize("step", ["find", "cat_file"])
 def test_an_input_is_fetched_through_a_network_that_fails(memory, tmp_path, monkeypatch, step):
     aiohttp = pytest.importorskip("aiohttp")

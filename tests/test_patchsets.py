@@ -466,7 +466,7 @@ def test_an_empty_folder_is_neither(tmp_path):
 
 def test_a_file_that_holds_no_patches_is_told(tmp_path):
     (tmp_path / "notes.txt").write_text("none")
-    with pytest.raises(InputError, match="notes.txt: is neither a folder nor an archive or table"):
+    with pytest.raises(InputError, match="notes.txt: no picture or slide, no table"):
         opened(tmp_path / "notes.txt")
 
 

@@ -118,6 +118,36 @@ def test_slides_and_pictures_in_one_folder_are_refused_by_name_and_chosen_by_kin
     assert len(listed(root, kind="pictures")[1].pictures) == 1101
 
 
+@pytest.mark.parametrize("kind", [None, "slides"])
+def test_a_slide_alone_is_converted(tmp_path, kind):
+    write_tiled(tmp_path / "in/tumor/s1.tif", 256, pages=3)
+    write_tiled(tmp_path / "in/tumor/s2.tif", 256, pages=3, seed=1)
+    options = {"kind": kind, "patch_size": 64, "tissue": "none", "assume_mpp": 0.5}
+    manifest = convert_with_mean(tmp_path / "in/tumor/s1.tif", tmp_path / "out", **options)
+    assert manifest.slides == ("s1",) and manifest.splits == {"train": 16}
+    assert ShardSet(tmp_path / "out").read_columns([0], ["source"])["source"] == ["s1.tif"]
+
+
+@pytest.mark.parametrize("kind", [None, "pictures"])
+def test_a_picture_alone_is_converted(tmp_path, kind):
+    save_pictures(tmp_path / "train", 3)
+    source, found = listed(tmp_path / "train/p001.png", kind=kind)
+    assert [p.source for p in found.pictures] == ["p001.png"] and source.kind == "a picture"
+    manifest = convert_with_mean(tmp_path / "train/p001.png", tmp_path / "out", kind=kind)
+    assert manifest.splits == {"train": 1} and manifest.made["ignored_files"] == 0
+
+
+@pytest.mark.parametrize("name", ["p.zip", "p.tar.gz", "p.txt"])
+def test_a_file_of_no_use_is_told_in_one_line_with_the_remedy(tmp_path, name, caplog):
+    (tmp_path / name).write_bytes(b"PK")
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(InputError, match=r"p\.\S+: no picture .*; unpack a zip or tar\.gz, and"),
+    ):
+        listed(tmp_path / name)
+    assert caplog.messages == []
+
+
 def test_the_jpegs_of_a_vms_slide_are_no_pictures(tmp_path):
     (tmp_path / "s.vms").write_text("")
     Image.fromarray(smooth_picture(0)).save(tmp_path / "s(1,0).jpg")

@@ -201,8 +201,8 @@ def check_budget(config: ConvertConfig, bad: Collection[LeftOut]) -> None:
     """Raise once more pictures are bad than --max-bad allows; names a few."""
     sources = {one.source for one in bad}
     if len(sources) > config.max_bad:
-        below = config.root or config.source.parent  # where the paths of a table start
-        root = below if config.source.is_file() else config.source
+        # Of a table, whose paths start from --root.
+        root = config.root if config.root and config.source.is_file() else config.folder
         named = [f"{root / str(one)}: {one.detail}" for one in itertools.islice(bad, BAD_NAMED)]
         more = f"; and {len(bad) - BAD_NAMED} more" if len(bad) > BAD_NAMED else ""
         raise TooManyBadSamplesError(

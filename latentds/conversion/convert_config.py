@@ -119,10 +119,10 @@ class ConvertConfig(SourceOptions, CodeOptions):
     panel = "run"
 
     source: Annotated[Path, tyro.conf.Positional]
-    """Input: a folder of 8-bit pictures, slides or archives of them (tar, Parquet), a table of
-    paths, a data set saved by Hugging Face's save_to_disk, hf://datasets/ORG/NAME[@REVISION], or a
-    location such as s3://bucket/slides. A location is copied to --work first; of tiled slides, only
-    the tiles that are read."""
+    """Input: 8-bit pictures, slides or archives of them (tar, Parquet), a folder or one of them; a
+    table of paths, a data set saved by Hugging Face's save_to_disk, a location such as
+    s3://bucket/slides, or hf://datasets/ORG/NAME[@REVISION]. A location is copied to --work first;
+    of tiled slides, only the tiles that are read."""
     preset: Literal["paper"] | None = None
     """paper: cut slides as Yellapragada et al. did with DSMIL's tiler (-m 0 -b 20 -s 256), which is
     256 px at 20x with the edges rule. Sets --patch-size, --mpp and --tissue. Two things differ:

@@ -193,6 +193,11 @@ class SourceOptions(CutOptions):
             ) from error
 
     @property
+    def folder(self) -> Path:
+        """Where the input's relative paths start: the input itself, or the folder of one file."""
+        return self.source.parent if self.source.is_file() else self.source
+
+    @property
     def hide(self) -> Callable[[str], str]:
         """What stands for a name under --anonymize's key, the name itself without one.
 

@@ -82,16 +82,11 @@ def picture_suffixes() -> set[str]:
 
 
 def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) -> Listing:
-    """Every picture below `root`; InputError for an empty folder.
+    """Every picture below `root`, or that itself; InputError for an empty folder.
 
     [split/][class/[slide/...]]picture: top folders are splits when all of them have split names.
     """
-    if root.is_file():
-        raise InputError(
-            f"{root}: is neither a folder nor an archive or table of pictures; name one, or the "
-            "picture's folder"
-        )
-    if not root.is_dir():
+    if not (root.is_dir() or root.is_file()):
         raise no_folder(root)
     suffixes = picture_suffixes()
     found: list[str] = []
@@ -244,6 +239,8 @@ def note_hidden(root: Path, hidden: Iterable[str]) -> tuple[str, ...]:
 def walk(root: Path, hidden: list[str] | None = None) -> Iterator[str]:
     """Posix paths of the files below `root`, by name in every folder; links followed, loops not.
 
+    Of a file it is its name.
+
     hidden  gets the paths whose names begin with a dot, those of folders with a slash at the end
     raises  InputError for a named pipe, a device or a socket among them
     """
@@ -266,7 +263,10 @@ def walk(root: Path, hidden: list[str] | None = None) -> Iterator[str]:
                 check_regular(Path(entry.path), entry.path)
             yield f"{prefix}{entry.name}"
 
-    yield from visit(str(root), "", ())
+    if root.is_file():
+        yield root.name
+    else:
+        yield from visit(str(root), "", ())
 
 
 def check_names(root: Path, paths: Sequence[str]) -> None:

@@ -52,7 +52,7 @@ Pixels = tuple[np.ndarray, np.ndarray | None]  # picture and mask
 
 
 class PictureFiles(Source):
-    """Picture files below a folder; class folders are labels, split folders splits.
+    """Picture files below a folder, or one; class folders are labels, split folders splits.
 
     A subclass that finds its pictures elsewhere gives another `listing`, or other bytes.
 
@@ -62,7 +62,7 @@ class PictureFiles(Source):
     kind = "a folder of pictures"
 
     def __init__(self, options: SourceOptions) -> None:
-        self.options, self.root = options, options.source
+        self.options, self.root = options, options.folder
         self.decoded: Kept[Pixels] = Kept(TILED_PICTURES)
         self.broken: dict[str, str] = {}
 
@@ -73,11 +73,14 @@ class PictureFiles(Source):
     def detect(cls, found: Inspection) -> Source | None:
         source = cls(found.options)
         source.notes = found.choice[1] if found.is_open else ()
+        if found.is_file:
+            found.check_picture()
+            source.kind = "a picture"
         return source
 
     def listing(self) -> Listing:
         options = self.options
-        found = with_labelled(list_pictures(self.root, options.labels, options.split_folders))
+        found = with_labelled(list_pictures(options.source, options.labels, options.split_folders))
         if found.others:  # tables may be among them
             found = with_tables(self.root, found, found.others, options.labels)
         lack, way = "lie in no class folder", "move them into one"
@@ -213,9 +216,8 @@ class PictureFiles(Source):
         image, _ = read_picture(self.file(picture), self.options.max_px)
         if image.shape[:2] != header.size_px:
             raise UnusableError("changed its size while the conversion ran", "changed")
-        size_px = (image.shape[0], image.shape[1])
-        mask = self.mask_file(picture, size_px)
-        return image, None if mask is None else read_mask(mask, size_px)
+        mask = self.mask_file(picture, header.size_px)
+        return image, None if mask is None else read_mask(mask, header.size_px)
 
 
 def with_labelled(found: Listing) -> Listing:
@@ -237,8 +239,6 @@ class PicturesInFiles(PictureFiles):
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
         super().__init__(options)
-        if self.root.is_file():
-            self.root = self.root.parent
         self.files = dict.fromkeys(files)  # in order, and found at once
 
     def __reduce__(self) -> tuple[Any, ...]:

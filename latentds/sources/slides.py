@@ -54,7 +54,7 @@ BLOCK_PX = 64  # of a broken overview, read or given up at once: no larger than 
 
 
 class Slides(Source):
-    """Slides below a folder, tissue of each cut into a grid of patches.
+    """Slides below a folder, or one, tissue of each cut into a grid of patches.
 
     A slide's own resolution is its mpp, 10 / magnification where only that is recorded, or
     --assume-mpp. Where a level is within --mpp-tolerance of the mpp asked for, patches are its own
@@ -66,7 +66,7 @@ class Slides(Source):
     has_looks = True
 
     def __init__(self, options: SourceOptions) -> None:
-        self.options, self.root = options, options.source
+        self.options, self.root = options, options.folder
         self.edge = options.patch_size or DEFAULT_PATCH_PX
         self.handles: Kept[Any] = Kept(OPEN_SLIDES)
         self.transport = Transport(options.location) if options.location else None
@@ -86,19 +86,20 @@ class Slides(Source):
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
         is_slides, notes = found.choice if found.is_open else (found.options.kind == "slides", ())
-        if not found.is_folder or not is_slides:
+        if not is_slides:
             return None
         source = cls(found.options)
         source.notes = notes
         return source
 
     def listing(self) -> Listing:
-        paths = list(walk(self.root))
+        paths = list(walk(self.options.source))
         kinds = sort_files(self.root, paths)
         wanted = {*kinds.slides, *kinds.unsure}
         names = one_a_series(self.root, [p for p in paths if p in wanted], open_slide)
         if not names:
-            raise InputError(f"{self.root}: no slides in it ({len(paths)} other files)")
+            source = self.options.source
+            raise InputError(f"{source}: no slides in it ({len(paths)} other files)")
         found = self.placed(names)
         named_once(self.root, ((name, path) for path, name in names.items()))
         others = sorted(set(paths) - wanted)

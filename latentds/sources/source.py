@@ -51,8 +51,8 @@ class Inspection:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is a folder whose files alone say what it is, no --kind."""
-        return self.is_folder and self.options.kind is None
+        """Whether its files alone, or the one that it is, say what it is: no --kind."""
+        return (self.is_folder or self.is_file) and self.options.kind is None
 
     @functools.cached_property
     def paths(self) -> list[str]:
@@ -61,8 +61,8 @@ class Inspection:
     @functools.cached_property
     def suffixes(self) -> set[str]:
         """How the input, or the files of its folder, are named, in small letters."""
-        names = self.paths if self.is_folder else [self.root.name]
-        return {os.path.splitext(name)[1].lower() for name in names}  # noqa: PTH122  # of many
+        paths = self.paths if self.is_folder else [self.root.name]
+        return {os.path.splitext(path)[1].lower() for path in paths}  # noqa: PTH122  # of many
 
     @functools.cached_property
     def marks(self) -> set[str]:
@@ -74,17 +74,25 @@ class Inspection:
 
     @functools.cached_property
     def is_plain(self) -> bool:
-        """Whether a folder's files are pictures, or nothing, by their names: no look is needed."""
+        """Whether all files are pictures, or nothing, by their names: no look is needed."""
         return self.is_open and self.suffixes <= (picture_suffixes() | NEVER) - MAYBE - SUFFIXES
 
     @functools.cached_property
     def kinds(self) -> Kinds:
-        return sort_files(self.root, self.paths)
+        return sort_files(self.options.folder, self.paths)
 
     @functools.cached_property
     def choice(self) -> tuple[bool, tuple[str, ...]]:
-        """Whether a folder is one of slides, and notes; InputError for slides and pictures."""
-        return (False, ()) if self.is_plain else choose(self.root, self.kinds)
+        """Whether it is one of slides, and notes; InputError for slides and pictures."""
+        return (False, ()) if self.is_plain else choose(self.options.folder, self.kinds)
+
+    def check_picture(self) -> None:
+        """Refuse a file that no source reads; asked by the last one, that of pictures."""
+        if not (self.kinds.pictures or self.kinds.unsure):
+            raise InputError(
+                f"{self.root}: no picture or slide, no table (.csv, .tsv, .parquet), no archive "
+                "that is read (.tar, .parquet); unpack a zip or tar.gz, and name its folder"
+            )
 
     @functools.cached_property
     def archives(self) -> tuple[str, ...]:

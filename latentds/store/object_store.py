@@ -81,6 +81,8 @@ def download(
     found: dict[str, int] = transport.retry(listed, shown(location))
     if not found:
         raise InputError(f"{shown(location)}: no files there")
+    if "" in found:
+        raise InputError(f"{shown(location)}: one file; name its folder, and the file in --only")
     with progress(total=sum(found.values()), unit="B", unit_scale=True, desc="fetching") as bar:
         for name, size in sorted(found.items()):
             path = folder / inside(name, location)

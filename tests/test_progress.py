@@ -29,6 +29,23 @@ def test_in_a_file_there_is_a_line_every_half_minute(clock, capsys):
     assert lines[3].startswith("slides: 100 of 100 patch")
 
 
+def test_the_last_line_is_written_once(clock, capsys):
+    with progress(total=60, desc="patches", unit="patch") as bar:
+        for step in (30.0, 60.0):
+            clock[0] = step
+            bar.update(30)
+        clock[0] = 61.0  # what was read is written
+    counts = [line.split(" patch,")[0] for line in capsys.readouterr().err.splitlines()]
+    assert counts == ["patches: 30 of 60", "patches: 60 of 60"]
+
+
+def test_a_bar_that_is_not_wanted_writes_nothing(clock, capsys):
+    with progress(total=1, desc="patches", disable=True) as bar:
+        clock[0] = 31.0
+        bar.update()
+    assert capsys.readouterr().err == ""
+
+
 def test_short_work_writes_nothing(clock, capsys):
     assert list(progress(range(5), desc="keys")) == list(range(5))
     assert capsys.readouterr().err == ""

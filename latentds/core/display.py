@@ -186,7 +186,12 @@ def progress(steps: Iterable[Any] | None = None, **words: Any) -> tqdm[Any]:
         """tqdm's own adds a colon, where LINE has one, and writes a line at every call."""
         bar.set_description_str(desc, refresh=False)
 
-    bar.set_description = describe
+    def close() -> None:
+        """tqdm's own writes the last line anew, too."""
+        bar.leave = bar.disable or bar.n != bar.last_print_n
+        tqdm.close(bar)
+
+    bar.set_description, bar.close = describe, close
     return bar
 
 

@@ -64,6 +64,12 @@ def test_repaired_sources_are_added_to_the_set(config):
         retry(config, run)
 
 
+def test_what_was_let_go_once_needs_no_second_leave(config):
+    repair(config, "p003.png")
+    manifest = retry(dataclasses.replace(config, max_bad=0), run)
+    assert [entry["source"] for entry in manifest.made["left_out"]] == ["a/s1/p007.png"]
+
+
 def test_what_is_still_broken_leaves_the_set_as_it_was(config):
     before = codes_by_source(config.out)
     with pytest.raises(InputError, match="none of 2 pictures can be read"):

@@ -29,7 +29,8 @@ def retry(
 
     config   the options that made the set
     convert  the conversion by a codebook
-    raises   InputError where nothing was left out, or the options are not the set's
+    raises   InputError where nothing was left out or none of it can be read, or the options are
+             not the set's
     """
     out = config.out
     parts = [out.with_name(f"{out.name}.{word}") for word in ("retry", "retried", "before-retry")]
@@ -56,6 +57,7 @@ def retry(
         codebook=None,
         quantizer="kmeans",
         levels=256,
+        max_bad=max(config.max_bad, len(wanted)),  # they were let go once: some may be again
         overwrite=(part / MANIFEST).is_file(),  # of a run that was killed later
     )
     added = convert(rest, stored)

@@ -29,7 +29,7 @@ LINES = {
     "latentds/autoencoders": 2_020,
     "latentds/codecs": 1_190,
     "latentds/conversion": 2_560,
-    "latentds/core": 1_300,
+    "latentds/core": 1_330,
     "latentds/edit": 2_580,
     "latentds/embedders": 1_990,
     "latentds/evaluation": 4_700,

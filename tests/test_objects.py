@@ -98,6 +98,29 @@ def test_locations_survive_being_paths(typed, location):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [["hdfs:///in/x", "--out", "o"], ["in", "--out", "hdfs:///in/x"], ["in", "--out=hdfs:///in/x"]],
+)
+def test_a_location_without_a_host_is_refused_as_it_was_typed(words, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["convert", *words])
+    told = "hdfs:///in/x: names no host or bucket; write hdfs://HOST/in/x, or hdfs://in/x if"
+    assert told in capsys.readouterr().err
+    with pytest.raises(InputError, match=told):
+        ConvertConfig(source="hdfs:///in/x", out="o")
+
+
+def test_a_store_that_cannot_be_opened_is_named_in_one_short_line(monkeypatch):
+    def no_library(*_):
+        raise OSError("Unable to load libjvm " + "dlopen failed\n" * 1000)
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", no_library)
+    with pytest.raises(InputError, match="^hdfs://host/x: Unable to load libjvm") as error:
+        open_location("hdfs://host/x")
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
     ("location", "error", "words"),
     [
         ("gs://me@bucket/set", InputError, r"^gs://bucket/set: .*gcsfs"),

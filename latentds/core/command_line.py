@@ -59,6 +59,7 @@ def parse(
     for panel, names in panels.items():
         part = getattr(filled, panel) if panel else filled
         values |= {name: getattr(part, name) for name in names}
+    check_typed(sys.argv[1:] if words is None else words, values.values())
     try:
         return settings(**values)
     except LatentdsError:
@@ -66,6 +67,17 @@ def parse(
     except ValueError as error:
         say(f"{prog or sys.argv[0]}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def check_typed(words: Iterable[str], values: Iterable[object]) -> None:
+    """Refuse words that a Path no longer tells from others; before any path is used."""
+    from latentds.core.storage import check_host  # numpy and Pillow
+
+    paths = {value for value in values if isinstance(value, Path)}
+    for word in words:
+        typed = word.partition("=")[2] if word.startswith("--") else word
+        if Path(typed) in paths:
+            check_host(typed)
 
 
 def make_form(

@@ -30,6 +30,7 @@ from latentds.errors import FormatError, InputError, first_words
 
 LOCATION = re.compile(r"([a-z][a-z0-9+]+):/+(.+)")
 PATH_FIELD = re.compile(r"\bPath\b")  # in a field's annotation, which is text or a type
+NO_HOST = re.compile(r"([a-z][a-z0-9+]+):///+")
 HOSTLESS = {"file", "local"}  # schemes after whose slashes a path begins and no host
 READ_BYTES = 1 << 20
 LOCK_POLL_S = 0.2
@@ -344,8 +345,20 @@ def take_paths(config: Any) -> None:
         if value is None or not PATH_FIELD.search(str(field.type)):
             continue
         is_one = isinstance(value, str | os.PathLike)
+        check_host(value)
         taken = Path(value) if is_one else tuple(Path(each) for each in value)
         object.__setattr__(config, field.name, taken)
+
+
+def check_host(typed: object) -> None:
+    """Refuse a location without a host, while it is text: a Path would take its folder for one."""
+    found = NO_HOST.match(typed) if isinstance(typed, str) else None
+    if found and found[1] not in HOSTLESS:
+        rest = found.string[found.end() :]
+        raise InputError(
+            f"{typed}: names no host or bucket; write {found[1]}://HOST/{rest}, or "
+            f"{found[1]}://{rest} if its first part is that"
+        )
 
 
 def location_of(path: str | os.PathLike[str] | None) -> str | None:

@@ -127,7 +127,7 @@ def open_location(location: str) -> tuple[Any, str]:
 
     try:
         filesystem, root = fsspec.core.url_to_fs(location)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:  # OSError: libraries that are not there
         raise unopenable(location, error) from error
     return filesystem, str(root).rstrip("/")
 

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from latentds.core.storage import naming
-from latentds.errors import DamagedPackError, FormatError, InputError, missing_extra
+from latentds.errors import DamagedPackError, FormatError, InputError, first_words, missing_extra
 from latentds.store.client_errors import DIGITS, TransientError, client_errors, is_network, judge
 
 logger = logging.getLogger(__name__)
@@ -42,11 +42,11 @@ def shown(location: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
-def unopenable(location: str, error: ImportError | ValueError) -> Exception:
+def unopenable(location: str, error: ImportError | ValueError | OSError) -> Exception:
     """The error of a location that fsspec has no file system for; it names the missing package."""
     if isinstance(error, ImportError) and location.startswith("s3:"):
         return missing_extra("s3fs", "s3")
-    return InputError(f"{shown(location)}: {error}")
+    return InputError(f"{shown(location)}: {first_words(error, 200)}")
 
 
 def join(location: str, name: str) -> str:

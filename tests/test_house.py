@@ -28,7 +28,7 @@ RECIPE_FILES = {"config", "task", "__main__"}
 LINES = {
     "latentds/autoencoders": 2_020,
     "latentds/codecs": 1_190,
-    "latentds/conversion": 2_560,
+    "latentds/conversion": 2_580,
     "latentds/core": 1_330,
     "latentds/edit": 2_580,
     "latentds/embedders": 1_990,

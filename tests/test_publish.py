@@ -23,7 +23,7 @@ from latentds.hub.licences import check_licence, is_non_commercial, licence_warn
 from latentds.hub.set_upload import licence_parts, publish
 from latentds.loading.loader import LatentLoader
 from latentds.store.cache import CacheConfig
-from latentds.store.format import GOLDEN, MANIFEST
+from latentds.store.format import GOLDEN, INPUT_STAMP, MANIFEST
 from latentds.store.manifest import read_manifest
 from latentds.store.verification import verify
 from tests.bad_shards import edit_manifest, flip_bit
@@ -49,11 +49,12 @@ def test_a_published_set_reads_as_the_folder_does(shared_dataset, hub, tmp_path)
     result = publish(shared_dataset, CC0)
     assert content_of(shared_dataset) == before
     stored = hub.files(NAME)
-    assert {path: stored[path] for path in before if path != "README.md"} == {
-        path: content for path, content in before.items() if path != "README.md"
-    }
+    own = before.keys() - {"README.md", INPUT_STAMP}  # the stamp is of this machine's pictures
+    assert {path: stored[path] for path in own} == {path: before[path] for path in own}
+    assert INPUT_STAMP not in stored
     assert set(stored) - set(before) == {PREVIEW, ".gitattributes"}
-    assert result.checked == len(before) + 1 and result.commit == hub.repos[NAME].refs["main"]
+    assert result.checked == len(before.keys() - {INPUT_STAMP}) + 1
+    assert result.commit == hub.repos[NAME].refs["main"]
     expected = published_codes(str(shared_dataset), tmp_path)
     assert published_codes(f"hf://datasets/{NAME}", tmp_path / "c") == expected
 

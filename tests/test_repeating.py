@@ -149,6 +149,27 @@ def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.parametrize("key", [None, "key"])
+def test_a_finished_run_notices_a_picture_replaced_by_an_older_one(source, tmp_path, key):
+    """`rsync -a` and `cp -p` keep the time of change; size and header may well be the same."""
+    options = OPTIONS | ({"anonymize": tmp_path / key} if key else {})
+    convert_with_mean(source, tmp_path / "out", **options)
+    replaced = source / "a" / "p001.png"
+    content, times = replaced.read_bytes(), replaced.stat()
+    replaced.write_bytes(content[:-1] + b"!")
+    os.utime(replaced, ns=(times.st_atime_ns, times.st_mtime_ns - 10**9))
+    with pytest.raises(InputError, match="a file of its input was replaced since"):
+        convert_with_mean(source, tmp_path / "out", **options)
+    assert convert_with_mean(source, tmp_path / "out", **options, overwrite=True).patches == 8
+    convert_with_mean(source, tmp_path / "out", **options)
+
+
+def test_a_finished_run_takes_a_copy_of_its_input_for_the_same(source, tmp_path):
+    convert_with_mean(source, tmp_path / "out", **OPTIONS)
+    shutil.copytree(source, tmp_path / "copy")  # as cp -p does
+    convert_with_mean(tmp_path / "copy", tmp_path / "out", **OPTIONS)
+
+
 def test_a_finished_run_is_not_repeated_on_pictures_changed_since(source, tmp_path):
     convert_with_mean(source, tmp_path / "out", **OPTIONS)
     changed = next((source / "a").iterdir())

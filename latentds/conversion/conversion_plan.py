@@ -101,7 +101,7 @@ def input_stamp(plan: Plan, config: ConvertConfig) -> str:
     """Hash of name, size and time of change of every file that pictures and masks come from.
 
     A file that was replaced by one of the same size would else give a set of two inputs. It says
-    something of this machine's copy only: it is compared by a resumed run and stored in no set.
+    something of this machine's copy only: runs of the same --out compare it, and no set has it.
     """
     digest = hashlib.sha256()
     for path in input_files(plan, config):

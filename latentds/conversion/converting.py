@@ -17,7 +17,7 @@ import torch
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.conversion.conversion_plan import Plan, input_files, make_plan
+from latentds.conversion.conversion_plan import Plan, input_files, input_stamp, make_plan
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.prepared import given_codebook, input_identity, prepare
 from latentds.conversion.shard_writing import Conversion, PlanReader, WriteShards, write_shards
@@ -37,7 +37,7 @@ from latentds.quantizers.codebooks import StoredCodebook
 from latentds.sources.opening import open_source
 from latentds.sources.source import Source
 from latentds.store.composing import complete
-from latentds.store.format import GOLDEN, MANIFEST
+from latentds.store.format import GOLDEN, INPUT_STAMP, MANIFEST
 from latentds.store.golden import (
     THUMBNAIL_PX,
     choose_rows,
@@ -97,7 +97,7 @@ def convert_with(
     # What may be wrong is told before headers are read and tissue is found.
     check_output(config)
     choose_device(config.device)
-    source = source or open_source(config)
+    is_given, source = source is not None, source or open_source(config)
     autoencoder = autoencoder or load_autoencoder(config.autoencoder)
     given_codebook(config, codebook, autoencoder.card)
     plan = make_plan(config, source)
@@ -110,6 +110,9 @@ def convert_with(
             return finished_before(config, plan, autoencoder, codebook, work)
         conversion = prepare(config, reader, autoencoder, work, codebook)
         write(conversion)
+        if not is_given:  # a source that is an object may read what is gone by then, as Writer's
+            stamp = config.hide(work.read_plan()["input_files"])
+            write_atomically(config.out / INPUT_STAMP, stamp.encode())
         manifest = finish(conversion)
         shutil.rmtree(work.folder)
     return manifest
@@ -156,16 +159,27 @@ def finished_before(
             f"{config.out}: holds a finished data set that left out {lost} pictures, --max-bad is "
             f"{config.max_bad}; raise it, or repair them and pass --retry"
         )
-    made_at = (config.out / MANIFEST).stat().st_mtime_ns
-    later = next((p for p in input_files(plan, config) if p.stat().st_mtime_ns > made_at), None)
-    if later is not None:
+    changed_since = input_change(config, plan)
+    if changed_since is not None:
         raise InputError(
-            f"{config.out}: holds a finished data set, and {later} was changed after it was made; "
-            "choose another --out, or pass --overwrite"
+            f"{config.out}: holds a finished data set, and {changed_since}; choose another --out, "
+            "or pass --overwrite"
         )
     shutil.rmtree(work.folder)
     logger.info("%s: this run has ended before; nothing is left to do", config.out)
     return manifest
+
+
+def input_change(config: ConvertConfig, plan: Plan) -> str | None:
+    """How files of the input differ from those that a finished set was made of, None for not."""
+    made_at = (config.out / MANIFEST).stat().st_mtime_ns
+    later = next((p for p in input_files(plan, config) if p.stat().st_mtime_ns > made_at), None)
+    if later is not None:
+        return f"{later} was changed after it was made"
+    stamp = config.out / INPUT_STAMP  # merged, fetched and older sets have none
+    if stamp.is_file() and stamp.read_text() != config.hide(input_stamp(plan, config)):
+        return "a file of its input was replaced since: sizes or times of change differ"
+    return None
 
 
 @contextlib.contextmanager

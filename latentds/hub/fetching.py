@@ -13,7 +13,7 @@ from latentds.core.storage import exclusive_lock, write_atomically
 from latentds.errors import FormatError, InputError
 from latentds.hub.card import PREVIEW, README
 from latentds.hub.client import HubFile, Repository
-from latentds.store.format import MANIFEST, SIDECARS, SLIDES_TABLE
+from latentds.store.format import INPUT_STAMP, MANIFEST, SIDECARS, SLIDES_TABLE
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from latentds.store.transport import Transport
 
@@ -93,7 +93,7 @@ def wanted_files(manifest: Manifest, listed: dict[str, HubFile], name: str) -> d
 
 def check_folder(folder: Path, wanted: set[str], manifest: bytes) -> None:
     """Refuse a folder that holds anything but a part of this set."""
-    own = {MANIFEST, f"{MANIFEST}.tmp", LOCK, SLIDES_TABLE, *wanted}
+    own = {MANIFEST, f"{MANIFEST}.tmp", LOCK, SLIDES_TABLE, INPUT_STAMP, *wanted}
     found = (str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
     foreign = next((p for p in found if p not in own and not p.startswith(HUB_NOTES)), None)
     path = folder / MANIFEST

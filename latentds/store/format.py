@@ -32,6 +32,7 @@ CODES, MASKS, PATCHES = "codes.npy", "masks.parquet", "patches.parquet"
 MEMBERS = (CODES, MASKS, PATCHES)  # in the order they stand in a shard
 SIDECARS = ".latentds"  # a dot folder: `datasets` and the Hub's viewer leave it alone
 MANIFEST = f"{SIDECARS}/manifest.json"
+INPUT_STAMP = f"{SIDECARS}/input_files"  # of the copy that a conversion read; no part of the set
 PACKS_TABLE = f"{SIDECARS}/packs.npy"
 PATCHES_TABLE = f"{SIDECARS}/patches.npy"
 DIGESTS = f"{SIDECARS}/digests.npy"

@@ -1,5 +1,6 @@
 """Tables of places in slides: a row a patch, cut where it says, labelled as it says."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,9 @@ def test_places_are_stored_and_lead_back_to_the_slide(table, tmp_path):
 def test_a_column_of_widths_says_how_much_a_patch_shows(pixels, tmp_path, options, patch_px, mpp):
     table = table_of(tmp_path, "path,x,y,size_px", "s1.tiff,128,256,128")
     plan = make_plan(ConvertConfig(source=table, out=tmp_path / "out", **options))
+    elsewhere = pickle.loads(pickle.dumps(plan.source))  # a worker of Ray, which only reads
+    (patch,) = elsewhere.read(plan.pictures[0], plan.headers[0], plan.patch_px, [(128, 256)])
+    assert patch.image.shape[:2] == (patch_px, patch_px)
     (place,) = plan.source.whereabouts(plan.pictures[0], plan.headers[0], plan.patch_px, [(0, 0)])
     assert plan.patch_px == (patch_px, patch_px)
     assert (place.size_px_level0, place.mpp) == (128, mpp)

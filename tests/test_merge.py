@@ -217,6 +217,19 @@ def test_a_patch_that_two_sets_have_is_refused_by_name(parts, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_equal_names_of_other_pictures_are_no_duplicates(tmp_path):
+    folders = []
+    for name, first in (("a", 0), ("b", 50)):
+        save_pictures(tmp_path / f"{name}-in" / "tumour", 9, first)
+        convert_with_mean(tmp_path / f"{name}-in", tmp_path / name, fit_patches=8)
+        folders.append(tmp_path / name)
+    with pytest.raises(InputError) as raised:
+        merge(folders, tmp_path / "out")
+    assert f"9 patches have names that {folders[0]} has too" in str(raised.value)
+    assert "whose codes differ. Other pictures: " in str(raised.value)
+    assert len(LatentDataset(Mixture(dict.fromkeys(folders, 1.0)), batch_size=9)) == 2
+
+
 def test_sets_of_other_latents_are_refused(parts, tmp_path):
     from latentds.conversion.convert_config import ConvertConfig
     from latentds.conversion.converting import convert

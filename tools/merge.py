@@ -15,8 +15,8 @@ class Config:
     """Merge data sets of one latent_id and patch size, without decoding or quantizing anything
     anew.
 
-    Shards are copied, and codebooks stay side by side. If two sets have the same patch, merge stops
-    and names it.
+    Shards are copied, and codebooks stay side by side. If two sets have patches of one name, merge
+    stops and says whether their codes are the same too.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,8 @@ from latentds.store.packs import BLOCK, ShardWriter, encode_table, member_header
 from latentds.store.reader import ShardSet
 from latentds.store.slide_records import join_slide_records
 
+BLOCK_PATCHES = 4096  # whose codes are compared at a time
+
 
 def merge(
     folders: Sequence[str | os.PathLike[str]],
@@ -36,9 +38,9 @@ def merge(
 ) -> Manifest:
     """One data set of the patches of several; nothing is decoded or quantized anew.
 
-    folders  local data sets of one latent_id, codes shape and patch size, without a patch in common
+    folders  local data sets of one latent_id, codes shape and patch size, no patch's name in two
     made     how the new set came about; what each of them says of itself by default
-    raises   ContractError for sets that do not belong together, InputError for a patch that two
+    raises   ContractError for sets that do not belong together, InputError for a name that two
              have, FormatError for a shard that is not what its set recorded
     """
     out, paths = Path(out), [local_folder(folder) for folder in folders]
@@ -84,16 +86,48 @@ def key_hashes(shards: ShardSet) -> np.ndarray:
 def name_duplicate(
     earlier: Sequence[ShardSet], shards: ShardSet, hashes: np.ndarray, common: np.ndarray
 ) -> None:
-    """Raise InputError with a key that is there twice; two keys of one hash are let pass."""
-    keys = set(shards.read_columns(np.flatnonzero(np.isin(hashes, common)), ["key"])["key"])
+    """Raise InputError for keys that are there twice; two keys of one hash are let pass.
+
+    Of equal codes they are one patch. Of others they may be two: files of two folders often have
+    the same names.
+    """
+    own = rows_by_key(shards, hashes, common)
     for other in earlier:
-        rows = np.flatnonzero(np.isin(key_hashes(other), common))
-        both = sorted(keys.intersection(other.read_columns(rows, ["key"])["key"]))
-        if both:
+        theirs = rows_by_key(other, key_hashes(other), common)
+        both = sorted(own.keys() & theirs.keys())
+        if not both:
+            continue
+        rows = (np.array([found[key] for key in both]) for found in (own, theirs))
+        unlike = next((both[place] for place in unlike_codes((shards, other), *rows)), None)
+        if unlike is None:
             raise InputError(
-                f"{shards.folder}: {len(both)} patches are in {other.folder} too, among them "
-                f"{both[0]!r}; leave them out of one ('latentds repack --exclude-slides')"
+                f"{shards.folder}: {len(both):,} patches are in {other.folder} too, by name and "
+                f"codes, among them {both[0]!r}; leave them out of one ('latentds repack "
+                "--exclude-slides', or convert it without them)"
             )
+        raise InputError(
+            f"{shards.folder}: {len(both):,} patches have names that {other.folder} has too, among "
+            f"them {unlike!r}, whose codes differ. Other pictures: give one set's files or slides "
+            "other names and convert it anew, or train on both as they are, Mixture({folder: "
+            "weight, ...}). The same pictures, coded otherwise: leave them out of one"
+        )
+
+
+def rows_by_key(shards: ShardSet, hashes: np.ndarray, common: np.ndarray) -> dict[str, int]:
+    """Rows of the patches whose keys' hashes are among the common ones."""
+    rows = np.flatnonzero(np.isin(hashes, common))
+    return dict(zip(shards.read_columns(rows, ["key"])["key"], rows.tolist(), strict=True))
+
+
+def unlike_codes(pair: tuple[ShardSet, ShardSet], *rows: np.ndarray) -> Iterator[int]:
+    """Places at which the patches of two sets have other codes."""
+    for start in range(0, len(rows[0]), BLOCK_PATCHES):
+        one, other = (
+            shards.read_codes(own[start : start + BLOCK_PATCHES])
+            for shards, own in zip(pair, rows, strict=True)
+        )
+        differ = (one != other).reshape(len(one), -1).any(axis=1)
+        yield from (start + np.flatnonzero(differ)).tolist()
 
 
 def copy_shards(composer: Composer, sets: Sequence[ShardSet]) -> list[list[str]]:

@@ -421,3 +421,6 @@ def test_the_command_tells_what_was_merged(parts, tmp_path, capsys):
     assert code == 0 and "1 more beside it" in out
     code, _, err = call(capsys, *words)
     assert code == 1 and "--overwrite" in err
+    code, out, _ = call(capsys, *words, "--overwrite")
+    assert code == 0 and f"{tmp_path / 'ab'}: 52 patches of 2 sets" in out
+    assert "train 42, val 10; 2 classes" in out and "{" not in out

@@ -289,6 +289,10 @@ def test_command_says_what_it_did(slides, tmp_path, capsys):
     code, out, _ = call(capsys, "repack", slides, *words)
     assert code == 0 and json.loads(out)["left_out"] == 9
     assert call(capsys, "repack", slides, *words)[0] == 1
+    code, out, _ = call(capsys, "repack", slides, "--overwrite", *words[:-1])
+    left = read_manifest(slides).patches - 9
+    assert code == 0 and f"{left} patches of {left + 9}" in out
+    assert "next             latentds show " in out and "{" not in out
 
 
 def test_a_split_that_no_shard_can_be_named_after_is_refused(slides, tmp_path):

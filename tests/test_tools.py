@@ -298,6 +298,17 @@ def test_a_conversion_ends_with_four_lines_and_the_next_command(pictures, tmp_pa
     assert "codebook" in out and "stroma 13, tumour 20" in out
 
 
+def test_facts_are_shown_without_python_in_them(capsys):
+    from latentds_tools.reports.commands import show
+
+    show({"patch_px": [32, 32], "made": {"seed": 3, "of": {"a": 1000}}, "left_out": []}, False)
+    assert capsys.readouterr().out.splitlines() == [
+        "patch px         32, 32",
+        "made             seed 3, of (a 1,000)",
+        "left out         none",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import shlex
 import shutil
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.reports.commands import show
+from latentds_tools.reports.commands import fact, show
+from latentds_tools.reports.set_lines import mpp_text, page_of, set_facts, set_lines
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.core.display import left_out_text, visible
@@ -51,8 +51,9 @@ def run(config: Config) -> None:
     Image.MAX_IMAGE_PIXELS = None
     config = with_local_source(config)
     summary = estimate(config) if config.dry_run else convert_to(config)
-    text = as_text if config.verbose or config.dry_run else in_short
-    show(summary, config.json, lambda found: text(visible(found)))
+    is_short = not (config.verbose or config.dry_run)
+    text = set_lines(summary, f"in {summary['seconds']:,} s") if is_short else as_text(summary)
+    show(summary, config.json, lambda _: text)
 
 
 def convert_to(config: Config) -> dict[str, Any]:
@@ -182,31 +183,18 @@ def planned_slides(config: Config, plan: Any) -> dict[str, Any]:
 
 
 def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
-    from latentds.store.channel_statistics import resolutions, slide_entropies
-    from latentds.store.format import SLIDES_TABLE
+    from latentds.store.channel_statistics import slide_entropies
     from latentds.store.reader import ShardSet
 
-    shards = ShardSet(config.out, manifest=manifest)
-    stored = sum(shard.bytes for shard in manifest.shards)
     return {
-        "out": str(config.out),
-        "patches": manifest.patches,
-        "splits": manifest.splits,
-        "classes": manifest.labels(),
-        "slide_entropy_bits": slide_entropies(shards),
-        "bytes_per_patch": manifest.contract.bytes_per_patch,
-        "shards": len(manifest.shards),
-        "shard_bytes": stored,
+        **set_facts(config.out, manifest),
+        "slide_entropy_bits": slide_entropies(ShardSet(config.out, manifest=manifest)),
         "seconds": round(seconds, 1),
         "codebook": manifest.made["codebook"],
         "converted_to_rgb": manifest.made["converted_to_rgb"],
-        "mpp": resolutions(shards.patches["mpp"]),
         "converted": manifest.made.get("converted"),
-        "left_out": manifest.made["left_out"],
-        "without_patches": manifest.made.get("without_patches", []),
         "ignored_files": manifest.made["ignored_files"],
         "notes": manifest.made["source"].get("notes", []),
-        "has_slides": (config.out / SLIDES_TABLE).is_file(),
     }
 
 
@@ -224,51 +212,27 @@ def planned_resolutions(plan: Any) -> dict[str, int]:
     return resolutions(np.array(mpp, np.float32))
 
 
-def in_short(summary: dict[str, Any]) -> str:
-    """A finished conversion in four lines, and the next command."""
-    splits = ", ".join(f"{split} {count:,}" for split, count in summary["splits"].items())
-    classes = len(summary["classes"])
-    size, seconds = summary["shard_bytes"] / 1e6, summary["seconds"]
-    out, empty = shlex.quote(summary["out"]), summary["without_patches"]
-    left = [f"{entry['source']}: {left_out_text(entry)}" for entry in summary["left_out"] + empty]
-    look = " --slides" if summary["has_slides"] else ""
-    more = f" ({left[0]}{'; ...' if len(left) > 1 else ''}; --verbose lists them)" if left else ""
-    return "\n".join([
-        f"{summary['out']}: {summary['patches']:,} patches in {seconds:,} s",
-        f"splits           {splits}; {classes or 'no'} class{'' if classes == 1 else 'es'}",
-        f"size             {summary['bytes_per_patch']:,} bytes a patch, {size:,.1f} MB in "
-        f"{summary['shards']:,} shards; mpp {mpp_text(summary['mpp'])}",
-        f"left out         {len(left) - len(empty):,}, without patches {len(empty):,}{more}",
-        f"next             latentds show {out}{look} --out {shlex.quote(page_of(summary['out']))}",
-    ])  # fmt: skip
-
-
-def page_of(out: str) -> str:
-    return f"{out.rstrip('/').rpartition('/')[2] or 'set'}.html"
-
-
 def as_text(summary: dict[str, Any]) -> str:
     """A summary for people: one fact a line, lists of left-out pictures cut short."""
     lines = []
-    for name, value in summary.items():
-        label = f"{name.replace('_', ' '):<16}"
+    for name, value in visible(summary).items():
         if name in ("left_out", "without_patches") and isinstance(value, list):
-            lines.append(f"{label} {len(value)}")
+            lines.append(fact(name, len(value)))
             lines += [f"  {entry['source']}: {left_out_text(entry)}" for entry in value[:10]]
         elif name == "notes":
             lines += [f"note             {note}" for note in value]
         elif name == "slides":
             told = [f"  {slide}: {slide_text(found)}" for slide, found in value.items()]
             more = len(told) - SLIDES_SHOWN
-            lines += [f"{label} {len(value):,}", *told[:SLIDES_SHOWN]]
+            lines += [fact(name, len(value)), *told[:SLIDES_SHOWN]]
             lines += [f"  and {more:,} more; the page and --json have all"] if more > 0 else []
         elif name == "mpp":
-            lines.append(f"{label} {mpp_text(value)}")
-        elif isinstance(value, dict):
-            shown = ", ".join(f"{k} {said(v)}" for k, v in value.items())
-            lines.append(f"{label} {shown or 'none'}")
+            lines.append(fact(name, mpp_text(value)))
+        elif name == "slide_entropy_bits":
+            bits = {n: f"{b['shards']} bits a shard of {b['split']}" for n, b in value.items()}
+            lines.append(fact(name, bits))
         else:
-            lines.append(f"{label} {f'{value:,}' if type(value) is int else value}")
+            lines.append(fact(name, value))
     return "\n".join(lines)
 
 
@@ -276,21 +240,3 @@ def slide_text(told: dict[str, Any]) -> str:
     """What would be taken of a slide, and why the rest would not."""
     counts = f"{told['patches']:,} of {told['places']:,} places" if told["places"] else "left out"
     return "; ".join([counts, *told["left_out"]])
-
-
-def mpp_text(found: dict[str, int]) -> str:
-    """Patches by resolution, and that there are several."""
-    from latentds.store.channel_statistics import are_several
-
-    shown = ", ".join(f"{mpp} um ({count:,})" if mpp != "unknown" else f"unknown ({count:,})"
-                      for mpp, count in list(found.items())[:8])  # fmt: skip
-    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    warning = "; patches of several resolutions, --mpp gives slides one"
-    return f"{shown or 'none'}{more}{warning if are_several(found) else ''}"
-
-
-def said(value: Any) -> str:
-    """A value inside a line: numbers with commas, an entropy beside its split's."""
-    if isinstance(value, dict) and value.keys() == {"shards", "split"}:
-        return f"{value['shards']} bits a shard of {value['split']}"
-    return f"{value:,}" if isinstance(value, int) else f"{value}"

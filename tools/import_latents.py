@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from latentds_tools.reports.commands import picked, show
+from latentds_tools.reports.set_lines import set_facts, set_lines
 
 from latentds.core.storage import check_ranges
 from latentds.quantizers.scalar_fit import KindName
@@ -82,9 +83,10 @@ def run(config: Config) -> None:
         "codes_shape": list(manifest.contract.codes_shape),
         "patch_px": list(manifest.contract.patch_px),
         "shards": len(manifest.shards),
-        **{name: manifest.made[name] for name in ("imported", "codebook", "quantization")},
     }
-    show(summary, config.json)
+    more = {name: manifest.made[name] for name in ("imported", "codebook", "quantization")}
+    show(summary | more, config.json,
+         lambda _: set_lines(set_facts(config.out, manifest), "imported", more))  # fmt: skip
 
 
 def options(config: Config) -> Any:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 from latentds_tools.reports.commands import show
+from latentds_tools.reports.set_lines import set_facts, set_lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,4 +43,5 @@ def run(config: Config) -> None:
         "codebooks": len(manifest.codebooks),
         "slides": len(manifest.slides),
     }
-    show(summary, config.json)
+    done = f"of {len(config.folders)} sets"
+    show(summary, config.json, lambda _: set_lines(set_facts(config.out, manifest), done))

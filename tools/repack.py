@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from latentds_tools.reports.commands import picked, show
+from latentds_tools.reports.set_lines import set_facts, set_lines
 
 from latentds.core.display import say
 from latentds.core.storage import check_ranges
@@ -78,10 +79,12 @@ def run(config: Config) -> None:
         "shards": len(manifest.shards),
         "golden": kept,
     }
+    more: dict[str, Any] = {}
     if config.encoding or config.codebook:
-        summary |= manifest.made["repacked"][-1]["recoded"]
-        summary["codebook"] = manifest.made["codebook"]
-    show(summary, config.json)
+        more = manifest.made["repacked"][-1]["recoded"] | {"codebook": manifest.made["codebook"]}
+    done = f"of {before:,}"
+    show(summary | more, config.json,
+         lambda _: set_lines(set_facts(config.out, manifest), done, more))  # fmt: skip
 
 
 def options(config: Config) -> Any:

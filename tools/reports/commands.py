@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentds.core.display import say
+from latentds.core.display import say, visible
 from latentds.errors import InputError, unknown_name
 
 
@@ -56,8 +56,23 @@ def show(values: Any, as_json: bool, text: Callable[[Any], str] | None = None) -
     elif text is not None:
         shown = text(values)
     else:
-        shown = "\n".join(f"{name:<16} {value}" for name, value in values.items())
+        shown = "\n".join(fact(name, value) for name, value in visible(values).items())
     say(shown)
+
+
+def fact(name: str, value: Any) -> str:
+    """A line of a name and its value, as people write it."""
+    return f"{name.replace('_', ' '):<16} {said(value)}"
+
+
+def said(value: Any, inside: bool = False) -> str:
+    """A value for people: numbers with commas, names and numbers for a dict, no quotes."""
+    if isinstance(value, dict):
+        shown = ", ".join(f"{name} {said(part, True)}" for name, part in value.items()) or "none"
+        return f"({shown})" if inside else shown
+    if isinstance(value, (list, tuple)):
+        return ", ".join(said(part, True) for part in value) or "none"
+    return f"{value:,}" if type(value) is int else f"{value}"
 
 
 def deliver(

@@ -236,6 +236,20 @@ def test_distinct_names_stay_distinct():
     assert len(folders) == 5
 
 
+def test_class_folders_keep_letters_and_spaces_and_the_table_its_numbers(tmp_path):
+    names = ("Plattenepithel größer", "ожоги", "grade 2 (low)")
+    for place, name in enumerate(names):
+        save_pictures(tmp_path / "in" / name, 3, 10 * place)
+    convert_with_mean(tmp_path / "in", tmp_path / "set", fit_patches=8, mpp=0.3)
+    extract(tmp_path / "set", tmp_path / "png", autoencoder=MeanAutoencoder())
+    export_npy(tmp_path / "set", tmp_path / "npy")
+    assert {path.name for path in (tmp_path / "png").iterdir() if path.is_dir()} == set(names)
+    assert {path.name for path in (tmp_path / "npy" / "train").iterdir()} == set(names)
+    rows = table(tmp_path / "png") + table(tmp_path / "npy")
+    assert {row["mpp"] for row in rows} == {"0.3"}
+    assert all((tmp_path / "png" / row["path"]).is_file() for row in rows[:9])
+
+
 def test_hostile_slides_of_a_set_stay_inside(tmp_path):
     save_pictures(tmp_path / "in" / "tumour", 9)
     pattern = r"(?P<label>tumour)/(?P<slide>p\d+)"

@@ -159,6 +159,11 @@ def csv_text(text: str) -> str:
     return text[1:] if text.startswith("'") and is_formula(text.lstrip("'")) else text
 
 
+def shortest(value: object) -> float:
+    """The float of fewest digits that is this float32: 0.3, where `float` has 0.300000012."""
+    return float(str(value))
+
+
 class Lines:
     """Standard error for a bar that is no terminal's: what it draws anew becomes a line."""
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from latentds.core.display import csv_cell, progress
+from latentds.core.display import csv_cell, progress, shortest, visible
 from latentds.core.storage import canonical_json, write_atomically
 from latentds.edit.outputs import new_folder
 from latentds.errors import InputError
@@ -35,7 +35,8 @@ FIELDS = (
     *("path", "label", "slide", "x", "y", "mpp", "split", "source"),
     *("source_encoding", "size_px", "codebook_id"),
 )
-MAX_NAME = 120  # characters a folder or file may have here; most file systems end at 255 bytes
+MAX_NAME = 120  # bytes a folder or file may have here; most file systems end at 255
+UNSAFE = re.compile(r'[/\\:*?"<>|~]')  # what leads elsewhere, or some file system has no name with
 AMBIGUOUS = re.compile(r"__|_/|/_|^/|/$")  # where `/` as `__` could be read in two ways
 
 
@@ -200,7 +201,7 @@ def values_reader(
         if records is None:
             return stored, [[]] * len(rows)
         given = torch.from_numpy(stored), torch.from_numpy(numbers)
-        return records(*given).numpy(), records.steps(*given)[:, None].tolist()
+        return records(*given).numpy(), [[shortest(s)] for s in records.steps(*given).numpy()]
 
     return read
 
@@ -233,7 +234,7 @@ def read_rows(shards: ShardSet, split: str, rows: np.ndarray) -> list[dict[str, 
             "slide": manifest.slides[row["slide"]] if row["slide"] >= 0 else None,
             "x": int(row["x"]) if row["x"] != UNKNOWN_PX else None,
             "y": int(row["y"]) if row["y"] != UNKNOWN_PX else None,
-            "mpp": None if np.isnan(row["mpp"]) else float(row["mpp"]),
+            "mpp": None if np.isnan(row["mpp"]) else shortest(row["mpp"]),
             "size_px": int(row["size_px"]) or None,
             "split": split,
             "source": columns["source"][place],
@@ -253,7 +254,7 @@ def table_line(path: str, row: dict[str, Any], fields: Sequence[str]) -> list[An
 def patch_path(label: str | None, slide: str | None, key: str, suffix: str) -> str:
     """`LABEL/SLIDE/KEY.SUFFIX`, levels that are None left out: distinct for distinct keys.
 
-    Every part is ASCII letters, digits, `_`, `-` and inner dots: none leads out of its folder.
+    Folders keep the names' own letters and spaces. No part leads out of its folder.
     """
     folders = [folder_name(name) for name in (label, slide) if name is not None]
     return "/".join([*folders, f"{file_stem(key)}{suffix}"])
@@ -261,7 +262,7 @@ def patch_path(label: str | None, slide: str | None, key: str, suffix: str) -> s
 
 def folder_name(name: str) -> str:
     """A name as one plain folder's; a hash tells apart what had to be changed."""
-    plain = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:MAX_NAME].strip(".")
+    plain = UNSAFE.sub("_", visible(name)).encode()[:MAX_NAME].decode(errors="ignore").strip(". ")
     return plain if plain == name and plain else f"{plain or '_'}-{short_hash(name)}"
 
 

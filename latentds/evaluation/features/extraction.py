@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentds.core.display import shortest
 from latentds.core.processes import choose_device, find_rank
 from latentds.core.randomness import key_of, shuffled
 from latentds.core.storage import passing_lock
@@ -264,7 +265,7 @@ def open_bag(own: PatchSet, bag: SlideBag, options: FeatureOptions) -> tuple[np.
         raise InputError("no patch, an empty bag")
     rows = choose(len(table), bag.slide, options)
     coords = np.stack([table.x, table.y], 1).astype(np.int64)
-    size_px, mpp = int(table.size_px[0]), float(table.mpp[0])
+    size_px, mpp = int(table.size_px[0]), shortest(table.mpp[0])
     attributes = coords_attributes(bag.slide, coords, size_px, edge_px, mpp)
     label = label_of(bag.slide, table, own.classes)
     return rows, dataclasses.replace(bag, coords=coords[rows], attributes=attributes, label=label)

@@ -103,6 +103,12 @@ SPOILERS = {
 }
 
 
+def test_a_picture_that_a_table_of_splits_lacks_is_named(pictures, tmp_path):
+    (tmp_path / "splits.csv").write_text("slide,split\ntumour/p000.png,train\n")
+    with pytest.raises(InputError, match=r"names neither picture 'stroma/p000.png' nor"):
+        convert_with_mean(pictures, tmp_path / "out", splits=tmp_path / "splits.csv")
+
+
 @pytest.mark.parametrize(("spoil", "reason"), SPOILERS.items())
 def test_bad_pictures_are_refused_by_name(pictures, tmp_path, spoil, reason):
     spoil(pictures / "tumour" / "p003.png")

@@ -218,16 +218,18 @@ def apply_slide_table(
         facts = table.facts[index.names[place]] if place is not None else {}
         if is_split_file and "split" not in facts:
             what = "names neither" if place is None else "no split of"
+            kind, name = "slide" if picture.slide else "picture", picture.slide or picture.source
             raise InputError(
-                f"{table.path}: {what} slide {picture.slide!r} nor its patient; add it to the "
-                "table, or leave the slide out"
+                f"{table.path}: {what} {kind} {name!r} nor its patient; add it to the table, or "
+                f"leave the {kind} out"
             )
         if not facts:
             bare[picture.slide or picture.source] = None
         changed.append(dataclasses.replace(picture, **facts))
     seen = {place for place in places.values() if place is not None}
     lost = [name for place, name in enumerate(index.names) if place not in seen]
-    told = {"slides are not in it": list(bare), "of its rows are of no slide here": lost}
+    kind = "slides" if any(picture.slide for picture in pictures) else "pictures"
+    told = {f"{kind} are not in it": list(bare), f"of its rows are of no {kind[:-1]} here": lost}
     notes = [f"{table.path.name}: {len(names):,} {words}: {some(names)}"
              for words, names in told.items() if names]  # fmt: skip
     return tuple(changed), (*table.notes, *notes)

@@ -14,6 +14,7 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.store.reader import ShardSet
 from latentds.store.slide_records import SlideRecord
+from tests.conftest import save_pictures
 from tests.test_slide_resolutions import write_blank
 from tests.test_slides import write_slide
 from tests.test_tools import call
@@ -86,6 +87,21 @@ def test_sets_without_slides_say_so(made, tmp_path, capsys):
     (tmp_path / "set/.latentds/slides.parquet").unlink()
     code, _, err = call(capsys, "show", tmp_path / "set", "--slides", "--out", tmp_path / "p.html")
     assert code == 1 and "keeps nothing of slides" in err
+
+
+def test_a_folder_that_is_not_there_is_named_as_such(tmp_path, capsys):
+    code, _, err = call(capsys, "show", tmp_path / "no", "--slides", "--out", tmp_path / "p.html")
+    assert code == 1 and err == f"latentds: {tmp_path / 'no'}: no such folder\n"
+
+
+def test_the_training_split_is_shown_where_none_is_named(tmp_path, capsys):
+    for split in ("test", "train"):
+        save_pictures(tmp_path / "in" / split / "tumour", 4, first_seed=len(split))
+    words = ("--autoencoder", "tiny-v1", "--device", "cpu")
+    assert call(capsys, "convert", tmp_path / "in", "--out", tmp_path / "set", *words)[0] == 0
+    assert call(capsys, "show", tmp_path / "set", "--out", tmp_path / "p.html")[0] == 0
+    assert "4 decoded patches of train" in (tmp_path / "p.html").read_text()
+    assert 'split="train"' in (tmp_path / "set" / "README.md").read_text()
 
 
 def test_patches_are_dealt_over_all_slides_before_one_has_two(made):

@@ -27,7 +27,7 @@ class Config:
     slides: bool = False
     """Show every slide, sorted and searchable, with links to its decoded patches."""
     split: str | None = None
-    """Split to show. By default the first, and with --slides all."""
+    """Split to show. By default train, or the first; with --slides all."""
     count: int = 48
     """Patches, drawn by --seed. With --slides they are spread over the slides."""
     seed: int = 0
@@ -106,9 +106,10 @@ def make_page(config: Config) -> str:
     from latentds_tools.reports import html_pages
 
     from latentds.autoencoders.autoencoder import short
+    from latentds.store.format import main_split
     from latentds.store.manifest import read_manifest
 
-    split = config.split or next(iter(read_manifest(config.folder).splits))
+    split = config.split or main_split(read_manifest(config.folder).splits)
     patches = ShownPatches(config, split)
     manifest = patches.shards.manifest
     first, end = patches.shards.patch_range(split)
@@ -142,8 +143,8 @@ def make_slide_page(config: Config) -> str:
     from latentds.store.manifest import read_manifest
     from latentds.store.slide_records import need_slide_records
 
-    records = need_slide_records(config.folder)
     splits = list(read_manifest(config.folder).splits)
+    records = need_slide_records(config.folder)
     if config.split is not None:
         check_known("split", [config.split], splits)
         splits = [config.split]

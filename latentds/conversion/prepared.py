@@ -34,7 +34,7 @@ from latentds.quantizers.codebooks import (
 from latentds.quantizers.entropy.record_fit import MAX_FIT_PATCHES, fit_entropy_codebook
 from latentds.quantizers.scalar import MAX_LEVELS, AnyCodebook
 from latentds.quantizers.scalar_fit import fit_codebook
-from latentds.store.format import Contract
+from latentds.store.format import Contract, main_split
 
 logger = logging.getLogger(__name__)
 MAX_SAMPLE_VALUES = 1 << 24  # held while fitting, 64 MB: 512 patches of 32 x 32 x 32
@@ -296,7 +296,7 @@ def draw_rows(
               else they ascend
     stream    of the seed's random numbers
     """
-    split = "train" if "train" in splits else next(iter(splits))
+    split = main_split(splits)
     rows, rng = splits[split], np.random.default_rng([seed, stream])
     places = rng.choice(len(rows), min(count, len(rows)), replace=False)
     drawn = np.array([rows[place] for place in np.sort(places).tolist()])

@@ -16,7 +16,7 @@ from PIL import Image
 from latentds.autoencoders.cards import CARDS
 from latentds.core.display import code_span, markdown
 from latentds.store.composing import front_matter, has_masks, label_table, reading_code
-from latentds.store.format import FORMAT, MANIFEST
+from latentds.store.format import FORMAT, MANIFEST, main_split
 from latentds.store.golden import Golden, read_golden
 from latentds.store.manifest import Manifest
 from latentds.store.reader import ShardSet
@@ -304,7 +304,7 @@ def loading(manifest: Manifest, publication: Publication) -> str:
         repository=repository,
         at=publication.at,
         autoencoder="" if known else ', autoencoder="PATH_OF_THE_AUTOENCODER"',
-        split=next(iter(manifest.splits)),
+        split=main_split(manifest.splits),
         height=manifest.contract.patch_px[0],
         width=manifest.contract.patch_px[1],
         reading=f"from huggingface_hub import hf_hub_download\n{code}",

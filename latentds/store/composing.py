@@ -36,6 +36,7 @@ from latentds.store.format import (
     SPLIT_PATTERN,
     TABLES,
     Contract,
+    main_split,
     pack_key,
     shard_name,
 )
@@ -301,7 +302,7 @@ def dataset_card(manifest: Manifest) -> str:
         codebook_origin=markdown(made.get("origin") or "origin not recorded") + more,
         splits="\n".join(f"| {name} | {count:,} |" for name, count in manifest.splits.items()),
         labels=label_table(manifest),
-        split=next(iter(manifest.splits)),
+        split=main_split(manifest.splits),
         reading=textwrap.indent(
             reading_code(manifest, "this folder", f'"this folder/{MANIFEST}"'), "    "
         ),
@@ -317,7 +318,7 @@ def reading_code(manifest: Manifest, place: str, path: str, revision: str = "") 
     contract = manifest.contract
     return READING.format(
         place=place,
-        split=next(iter(manifest.splits)),
+        split=main_split(manifest.splits),
         revision=revision,
         codes_shape=", ".join(map(str, contract.codes_shape)),
         path=path,

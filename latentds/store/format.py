@@ -112,6 +112,12 @@ def shard_name(split: str, shard: int) -> str:
     return f"data/{split}-{shard:06d}.tar"
 
 
+def main_split(splits: Iterable[str]) -> str:
+    """The split that is shown, and fitted to, where none is named: train, else the first."""
+    names = list(splits)
+    return "train" if "train" in names else names[0]
+
+
 def check_format(value: object, where: str) -> None:
     """Refuse anything that is not this format's major version.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from latentds_tools import cli
 
 from latentds.errors import FormatError, InputError, UnknownNameError
@@ -105,6 +106,20 @@ def test_a_fetched_set_is_the_folder(shared_dataset, hub, tmp_path):
     del stored[".gitattributes"]
     assert content_of(tmp_path / "back") == stored
     assert fetch(f"{NAME}@{result.commit}", tmp_path / "back").new == 0
+
+
+SHARDS = [f"data/train-{number:06d}.tar" for number in range(2000)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "most"),
+    [({*SHARDS, "a[1].md"}, 2), (set(SHARDS[777:]), 12), (set(SHARDS[:1]), 1), (set(), 0)],
+)
+def test_few_patterns_name_just_the_files_that_are_wanted(wanted, most):
+    listed = sorted([*SHARDS, "a1.md", "a[1].md", "data/train", ".gitattributes"])
+    found = client.patterns(wanted, listed)
+    assert len(found) <= most
+    assert set(filter_repo_objects(listed, allow_patterns=found)) == wanted
 
 
 @pytest.mark.parametrize("streaming", [True, False])

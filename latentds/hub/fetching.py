@@ -67,7 +67,7 @@ def fetch(repository: str, out: str | os.PathLike[str] | None = None) -> Fetched
     check_folder(folder, set(wanted), content)
     with exclusive_lock(folder / LOCK):
         missing = [path for path, file in wanted.items() if not is_here(folder / path, file)]
-        fetch_files(remote, folder, {path: wanted[path] for path in missing})
+        fetch_files(remote, folder, {path: wanted[path] for path in missing}, set(listed))
         write_atomically(folder / MANIFEST, content)
         (folder / LOCK).unlink()
     return FetchedSet(
@@ -109,12 +109,14 @@ def is_here(path: Path, file: HubFile) -> bool:
     return path.is_file() and file.holds(path)
 
 
-def fetch_files(remote: Repository, folder: Path, missing: dict[str, HubFile]) -> None:
-    """Have the Hub's client fetch files, and check each of them."""
+def fetch_files(
+    remote: Repository, folder: Path, missing: dict[str, HubFile], listed: set[str]
+) -> None:
+    """Have the Hub's client fetch files of the listed ones, and check each of them."""
     for path in missing:  # of other bytes, which the client may take for right
         (folder / path).unlink(missing_ok=True)
     if missing:
-        remote.download(folder, list(missing))
+        remote.download(folder, missing, listed)
     for path, file in missing.items():
         if not (folder / path).is_file():
             raise InputError(f"{remote.name}/{path}: did not come; run the same command again")

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import re
 
+import huggingface_hub
 import pytest
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
 from latentds_tools import cli
 
 from latentds.autoencoders import load_autoencoder
@@ -110,6 +112,15 @@ def test_a_run_that_was_cut_off_is_taken_up(run, hub):
         load_decoder(NAME)
     assert publish_decoder(run, PLAIN).plan.missing == ["README.md", RECORD]
     assert load_decoder(NAME).card.name == "dcae-path"
+
+
+def test_a_hub_that_is_away_is_told_of_with_its_reason(monkeypatch):
+    def give_up(*_, **__):
+        raise LocalEntryNotFoundError("cannot find the file") from OSError("Connection refused")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", give_up)
+    with pytest.raises(WeightsError, match=r"cannot get .* \(Connection refused\)"):
+        load_decoder(NAME)
 
 
 def test_another_decoder_is_replaced_only_when_asked_for(run, hub, tmp_path):

@@ -333,6 +333,20 @@ def test_only_our_own_logs_are_shown(capsys, monkeypatch):
     assert shown == ["from latentds.conversion.converting", "from latentds_tools.convert"]
 
 
+def test_the_hubs_client_does_not_tell_its_tries_and_all_else_once(capsys, monkeypatch):
+    from huggingface_hub.utils import _http
+
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    start_logging(logging.INFO)
+    own = logging.StreamHandler(sys.stderr)  # as the client's, which has another test's stderr
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [own])
+    _http.logger.warning("'[Errno 111]' thrown while requesting HEAD http://x")
+    _http.logger.warning("Retrying in 1s [Retry 1/5].")
+    _http.logger.warning("You are sending unauthenticated requests")
+    assert capsys.readouterr().err == "You are sending unauthenticated requests\n"
+
+
 def test_wrong_usage_exits_with_2(capsys):
     assert call(capsys, "frobnicate")[0] == 2
     assert call(capsys, "convert", "--no-such-option")[0] == 2

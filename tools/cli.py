@@ -245,9 +245,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(unknown_command(words, is_group), file=sys.stderr)
         sys.exit(2)
     start_logging(logging.INFO)
-    # They tell every request, every retry, every attempt to find a faster build.
-    for name in ("httpx", "faiss", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     sys.exit(run(command, words[len(command.split()) :]))
 
 

@@ -158,7 +158,9 @@ def download(
             path = Path(hf_hub_download(repository, file, revision=commit))
             commit = commit_of(path) or commit
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # The client wraps what happened to its question for a file.
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+        reason = (str(cause or error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(
             f"cannot get {file} of {repository} at {revision or 'main'} ({reason}). {advice}"
         ) from error

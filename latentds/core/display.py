@@ -27,6 +27,7 @@ MAX_FACTS, MAX_FACT = 60, 200  # rows and characters a row of a card's table
 Shown = TypeVar("Shown")
 OURS = ("latentds", "latentds_tools", "latentds_trainers")  # packages whose logs are shown
 NO_READER = 141  # exit code of what a closed pipe ended, as shells tell it
+RETRY = re.compile(r"thrown while requesting|^Retrying in ")
 LINE_S = 30.0
 LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
 
@@ -94,8 +95,23 @@ def start_logging(level: int) -> None:
     logging.basicConfig(level=max(level, logging.WARNING), stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(VisibleFormatter("%(message)s"))
+        handler.addFilter(shows_no_other)
+    for name in ("httpx", "faiss"):  # every request, every attempt to find a faster build
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # A filter, because the Hub's client sets its loggers' level when it is imported.
+    logging.getLogger("huggingface_hub.utils._http").addFilter(is_no_retry)
     for name in OURS:
         logging.getLogger(name).setLevel(level)
+
+
+def is_no_retry(record: logging.LogRecord) -> bool:
+    """Whether the Hub's client says more than that it tries again: our error says how it ended."""
+    return not RETRY.search(record.getMessage())
+
+
+def shows_no_other(record: logging.LogRecord) -> bool:
+    """Whether no handler of a logger's own shows the record: the Hub's client has one."""
+    return not record.name.startswith("huggingface_hub")
 
 
 def markdown(text: object) -> str:

@@ -20,6 +20,7 @@ from latentds.conversion.shard_writing import Conversion, Encoder, PlanReader, d
 from latentds.conversion.workdir import WorkFolder, by_region
 from latentds.core.display import progress
 from latentds.core.processes import choose_device
+from latentds.core.storage import check_room
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.quantizers.additive import MAX_PLANES
 from latentds.quantizers.additive_fit import fit_additive
@@ -81,6 +82,8 @@ def prepare(
     made = describe(config, plan, encoder, stored)
     settled = {"encode_batch": encoder.batch, "contract": contract.to_json(), "made": made}
     work.write_plan(asked | settled, config.overwrite)
+    there = sum(path.stat().st_size for path in (config.out / "data").glob("*"))  # of a killed run
+    check_room(config.out, len(plan.regions) * contract.bytes_per_patch - there)
     return Conversion(
         config=config,
         plan=plan,

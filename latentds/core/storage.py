@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping
@@ -112,6 +113,17 @@ def sha256_file(path: Path) -> str:
         while block := file.read(READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_room(folder: Path, wanted: int) -> None:
+    """InputError where so many bytes do not fit on a folder's disk: before the work, not in it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if wanted > free:
+        raise InputError(
+            f"{folder}: {wanted / 1e6:,.1f} MB are to be written, its disk has {free / 1e6:,.1f} "
+            "MB free; make room, or choose a folder on another disk"
+        )
 
 
 @contextlib.contextmanager

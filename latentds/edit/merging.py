@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentds.core.display import progress
-from latentds.core.storage import READ_BYTES, naming, sha256_file, write_atomically
+from latentds.core.storage import READ_BYTES, check_room, naming, sha256_file, write_atomically
 from latentds.edit.outputs import local_folder, new_data_set
 from latentds.errors import FormatError, InputError
 from latentds.loading.fields_of_view import warn_of_fields
@@ -52,6 +52,7 @@ def merge(
     check_mixable(sets)
     warn_of_fields(sets)
     with new_data_set(out, overwrite, paths):
+        check_room(out, sum(shard.bytes for shards in sets for shard in shards.manifest.shards))
         check_distinct(sets)
         classes = joined_names([shards.manifest.classes for shards in sets])
         if alike := alike_names(classes):

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from latentds.core.display import progress
-from latentds.core.storage import write_atomically
+from latentds.core.storage import check_room, write_atomically
 from latentds.edit.outputs import check_new, local_folder, new_data_set
 from latentds.edit.recoding import Recoder, Recoding
 from latentds.errors import InputError, unknown_name
@@ -106,6 +106,7 @@ def repack(
         ]
         if recoder:
             contracts = [recoder.contract] * len(contracts)
+        check_room(out, len(kept) * contracts[0].bytes_per_patch)
         composer = Composer(out, contracts[0], manifest.classes)  # a head knows their numbers
         with progress(total=len(kept), desc="patches", unit="patch") as bar:
             for stretch in stretches:

@@ -9,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from latentds.core.storage import exclusive_lock, write_atomically
+from latentds.core.storage import check_room, exclusive_lock, write_atomically
 from latentds.errors import FormatError, InputError
 from latentds.hub.card import PREVIEW, README
 from latentds.hub.client import HubFile, Repository
@@ -115,6 +115,8 @@ def fetch_files(
     """Have the Hub's client fetch files of the listed ones, and check each of them."""
     for path in missing:  # of other bytes, which the client may take for right
         (folder / path).unlink(missing_ok=True)
+    begun = sum(path.stat().st_size for path in (folder / HUB_NOTES).rglob("*.incomplete"))
+    check_room(folder, sum(file.size for file in missing.values()) - begun)
     if missing:
         remote.download(folder, missing, listed)
     for path, file in missing.items():

@@ -192,6 +192,19 @@ class Lines:
         sys.stderr.flush()
 
 
+class LineBar(tqdm):  # type: ignore[misc]  # it has no types
+    """tqdm's bar as lines."""
+
+    def set_description(self, desc: str | None = None, refresh: bool = True) -> None:  # noqa: ARG002
+        """tqdm's own adds a colon, where LINE has one, and writes a line at every call."""
+        self.set_description_str(desc, refresh=False)
+
+    def close(self) -> None:
+        """tqdm's own writes the last line anew, too."""
+        self.leave = self.disable or self.n != self.last_print_n
+        super().close()
+
+
 def progress(steps: Iterable[Any] | None = None, **words: Any) -> tqdm[Any]:
     """tqdm's bar, with its words; where standard error is a file, a line every 30 s.
 
@@ -201,19 +214,7 @@ def progress(steps: Iterable[Any] | None = None, **words: Any) -> tqdm[Any]:
         return tqdm(steps, **{"delay": 1, "dynamic_ncols": True, "file": sys.stderr, **words})
     lines = {"mininterval": LINE_S, "maxinterval": LINE_S, "delay": LINE_S, "miniters": 1,
              "bar_format": LINE, "file": Lines()}  # fmt: skip
-    bar = tqdm(steps, **{**words, **lines})
-
-    def describe(desc: str | None = None, refresh: bool = True) -> None:  # noqa: ARG001
-        """tqdm's own adds a colon, where LINE has one, and writes a line at every call."""
-        bar.set_description_str(desc, refresh=False)
-
-    def close() -> None:
-        """tqdm's own writes the last line anew, too."""
-        bar.leave = bar.disable or bar.n != bar.last_print_n
-        tqdm.close(bar)
-
-    bar.set_description, bar.close = describe, close
-    return bar
+    return LineBar(steps, **{**words, **lines})
 
 
 def left_out_text(entry: dict[str, Any]) -> str:

@@ -99,7 +99,7 @@ def test_a_parquet_table_serves_as_well(table, tmp_path):
         ("path\n../secret.png\n", InputError, "row 1: ../secret.png lies outside"),
         ("path\n/etc/passwd\n", InputError, "lies outside .* --root"),
         ("path,lable\np.png,a\n", UnknownNameError, "'lable'; did you mean 'label'"),
-        ("label\na\n", InputError, "row 1: no path"),
+        ("label\na\n", InputError, "no column .path. of files"),
         ("path,x\ndeep/p0.png,left\n", InputError, "row 1: x is 'left', not a number"),
         ("path,split\ndeep/p0.png,Big One\n", InputError, r"split 'Big One'; use \[a-z0-9_\]"),
         ("path,split\ndeep/p0.png,train\ndeep/p0.png,test\n", InputError, "is named twice"),

@@ -30,7 +30,7 @@ LINES = {
     "latentds/codecs": 1_190,
     "latentds/conversion": 2_580,
     "latentds/core": 1_360,
-    "latentds/edit": 2_630,
+    "latentds/edit": 2_620,
     "latentds/embedders": 1_990,
     "latentds/evaluation": 4_700,
     "latentds/hub": 1_410,

@@ -31,6 +31,7 @@ RNG = np.random.default_rng(0)
 def quick_retries(monkeypatch):
     monkeypatch.setattr(latentds.store.transport, "FIRST_DELAY_S", 0.01)
     monkeypatch.setattr("latentds.store.remote_files.WHOLE_BYTES", 0)
+    monkeypatch.setattr("latentds.store.remote_files.START_BYTES", 0)
 
 
 def write(root: Path, **options) -> Path:

@@ -21,6 +21,7 @@ from latentds.errors import FormatError, InputError
 from latentds.loading.loader import LatentLoader
 from latentds.store.cache import Cache, CacheConfig
 from latentds.store.format import PATCHES_TABLE
+from latentds.store.open_files import wait_for
 from latentds.store.reader import ShardSet
 from tests.bad_shards import edit_manifest
 from tests.conftest import convert_with_mean, save_pictures
@@ -34,6 +35,7 @@ ROWS = np.array([3, 170, 60])
 def quick_retries(monkeypatch):
     monkeypatch.setattr(latentds.store.transport, "FIRST_DELAY_S", 0.01)
     monkeypatch.setattr("latentds.store.remote_files.WHOLE_BYTES", 0)
+    monkeypatch.setattr("latentds.store.remote_files.START_BYTES", 0)
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +124,40 @@ def test_a_scan_asks_for_neighbours_at_once(folder, server, cache):
     assert server.requests[PATCHES_TABLE] == 2
 
 
-def test_parts_grow_with_their_number(server, cache, monkeypatch):
+def test_parts_come_whole_once_a_look_is_over(server, cache, monkeypatch):
     monkeypatch.setattr(latentds.store.table_parts, "GROWTH", 2)
-    monkeypatch.setattr(latentds.store.table_parts, "PART_BYTES", 16 * 8 * 24)  # blocks, rows, B
+    monkeypatch.setattr("latentds.store.remote_files.PART_BYTES", 16 * 8 * 24)  # blocks, rows, B
     remote = ShardSet(server.url, cache=cache)
     for row in range(200):
         remote.patches[row]
-    assert server.requests[PATCHES_TABLE] - 1 == 2 + 2 + 2  # of 1, 4 and 16 blocks
+    assert server.requests[PATCHES_TABLE] - 1 == 2 + 2  # of 1 and of 16 blocks
+
+
+def test_parts_come_whole_and_large_where_they_are_for_later_and_all_is_wanted(server, cache):
+    remote = ShardSet(server.url, cache=cache)
+    remote.files.run_packs = 8
+    ones = np.ones(3, np.int64)
+    wait_for(remote.patches.bring(ROWS, ones, ahead=True))
+    assert server.requests[PATCHES_TABLE] - 1 == 1
+    assert blocks_there(cache) == list(range(25))
+
+
+def test_a_look_takes_what_lies_between_while_little_was_fetched(folder, server, cache):
+    remote = ShardSet(server.url, cache=cache)
+    remote.files.spare_bytes = 10 * 8 * 24  # ten blocks: those of the narrower gap
+    assert same(remote.patches[ROWS], ShardSet(folder).patches[ROWS])
+    assert server.requests[PATCHES_TABLE] - 1 == 2
+    assert blocks_there(cache) == [*range(8), 21]
+    remote.patches[np.array([100, 120])]
+    assert server.requests[PATCHES_TABLE] - 1 == 4
+
+
+def test_a_look_takes_nothing_of_a_gap_that_costs_more_than_a_request(server, cache, monkeypatch):
+    monkeypatch.setattr(latentds.store.table_parts, "PART_BYTES", 5 * 8 * 24)  # blocks, rows, B
+    remote = ShardSet(server.url, cache=cache)
+    remote.files.spare_bytes = 1 << 20
+    remote.patches[ROWS]
+    assert blocks_there(cache) == [0, 7, 21]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

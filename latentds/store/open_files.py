@@ -178,13 +178,13 @@ class BlockSums(NamedTuple):
     spans     the blocks' rows
     kind      crc32, or sha256: its first SHA256_BYTES
     recorded  sums of blocks by number int64 (N,)
-    together  blocks, a power of two, whose sums are had at once
+    are_here  whether none has to be fetched
     """
 
     spans: Spans
     kind: str
     recorded: Callable[[np.ndarray], list[bytes]]
-    together: int = 1 << 30
+    are_here: bool = True
 
     def of(self, content: Any) -> bytes:
         return KINDS[self.kind][1](content)

@@ -22,7 +22,14 @@ from latentds.store.cache import Cache, CacheConfig
 from latentds.store.format import MANIFEST, OF_PATCHES, TABLE_HEAD_BYTES, TABLES
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from latentds.store.open_files import BlockSums, Extent, OpenFile, Tasks, keep
-from latentds.store.table_parts import PRESENT, WHOLE_BYTES, TableParts
+from latentds.store.table_parts import (
+    LARGE_PART_BYTES,
+    PART_BYTES,
+    PRESENT,
+    START_BYTES,
+    WHOLE_BYTES,
+    TableParts,
+)
 from latentds.store.transport import ATTEMPTS, Transport
 
 logger = logging.getLogger(__name__)
@@ -53,6 +60,7 @@ class RemoteFiles:
         self.run_packs = 1  # packs of a run; see PackTable.want_all
         self.run_kinds: tuple[str, ...] = ()  # which of their members come along
         self.fetched_alone = 0
+        self.spare_bytes = START_BYTES  # of tables; see TableParts.wanted
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {
@@ -112,6 +120,7 @@ class RemoteFiles:
         content = self.kept_manifest(self.name)
         if content is None:  # torn since it was looked at, a moment ago
             raise FormatError(f"{self.cache.folder / self.name / MANIFEST}: torn; open it again")
+        self.spare_bytes -= len(content)
         return parse_manifest(content, f"{self.where}/{MANIFEST}")
 
     def table(self, name: str, manifest: Manifest, sums: BlockSums | None = None) -> Path:
@@ -137,6 +146,7 @@ class RemoteFiles:
             if path.stat().st_size != size:
                 self.cache.drop(f"{self.name}/{name}")
                 path = self.cache.fill_file(f"{self.name}/{name}", download)
+        self.spare_bytes -= size
         return path
 
     def table_lock(self, name: str) -> contextlib.AbstractContextManager[None]:
@@ -180,7 +190,10 @@ class RemoteFiles:
         parts = self.parted.get(name)
         if parts is None or (ahead and self.offline):
             return []
-        return parts.bring(blocks, self.threads("ahead" if ahead else "now"))
+        part_bytes = LARGE_PART_BYTES if self.run_packs > 1 else PART_BYTES
+        ranges = parts.wanted(blocks, part_bytes, self.spare_bytes, ahead)
+        self.spare_bytes -= sum(end - first for first, end in ranges) * parts.block_bytes
+        return parts.bring(ranges, self.threads("ahead" if ahead else "now"))
 
     def missing(self, name: str, blocks: np.ndarray) -> np.ndarray:
         parts = self.parted.get(name)

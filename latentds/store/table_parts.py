@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
@@ -15,10 +15,12 @@ from latentds.store.cache import READ_ONLY, Cache
 from latentds.store.open_files import BlockSums
 
 WHOLE_BYTES = 1 << 22  # up to so many, one request for all is quicker than many for parts
-PART_BYTES = 1 << 20  # of a part, at most
-SECOND = 4  # a part of the second window of the order is so many times smaller: 32 MB a window
+START_BYTES = 7_000_000  # of manifest and tables, up to which gaps are fetched to spare requests
+GROWTH = 128  # blocks, a window of the order, that come without their parts: a look costs little
+PART_BYTES = 1 << 18  # of a part: 32 MB a window; of what is fetched to spare a request, at most
+LARGE_PART_BYTES = 1 << 22  # of a part, where all of the table will be wanted
 RANGE_BYTES = 1 << 23  # of a request, where parts that are wanted lie side by side
-GROWTH = 128  # parts, a window of the order, that are a block each: a look at a set costs little
+LOCKED_BYTES = 1 << 18  # processes that begin to fetch so close to each other take turns
 PRESENT = ".parts"  # suffix of the file that has a byte for every block: 1 once it is there
 
 Fetch = Callable[[int, int, Callable[[bytes], bool]], bytes]  # start, size, is it sound
@@ -50,7 +52,7 @@ class TableParts:
         rows, self.row_bytes = shape
         self.head, self.count = size - rows * self.row_bytes, len(sums.spans)
         self.block_bytes = min(sums.spans.size, rows) * self.row_bytes  # of all but the last
-        self.fetched, self.lock = 0, threading.Lock()
+        self.asked, self.lock = 0, threading.Lock()
         cache.fill_file(f"{name}{PRESENT}", self.mark)
         self.path = cache.fill_file(name, self.make)
         self.files = [self.path, self.path.with_name(f"{self.path.name}{PRESENT}")]
@@ -99,37 +101,45 @@ class TableParts:
         self.known[block] = False
         return True
 
-    def wanted(self, blocks: np.ndarray) -> list[tuple[int, int]]:
-        """First block and end of every range to fetch, so that `blocks` are there."""
+    def wanted(
+        self, blocks: np.ndarray, part_bytes: int, spare_bytes: int, ahead: bool
+    ) -> list[tuple[int, int]]:
+        """First block and end of every range to fetch, so that `blocks` are there.
+
+        part_bytes   of a part, all of which is fetched with any of its blocks
+        spare_bytes  of what lies between the first blocks, to have fewer ranges
+        ahead        whether they are wanted later: then parts come at once
+        """
         with self.lock:
-            missing = self.missing(blocks)
-            if not len(missing):
-                return []
-            most = max(1, min(PART_BYTES // self.block_bytes, self.sums.together))
-            widths = (1, max(1, most // SECOND), most)  # of the first, the second, later windows
-            width = 1 << widths[min(self.fetched // GROWTH, 2)].bit_length() - 1
-            parts = np.unique(missing // width)
-            self.fetched += len(parts)
+            missing, is_first = self.missing(blocks), self.asked < GROWTH and not ahead
+            self.asked += len(blocks)
+        if not len(missing):
+            return []
+        width = 1 if is_first else 1 << max(1, part_bytes // self.block_bytes).bit_length() - 1
+        parts = np.unique(missing // width)
+        is_spared = is_first and self.sums.are_here
+        spare = max(0, spare_bytes // self.block_bytes) if is_spared else 0
         most = max(1, RANGE_BYTES // self.block_bytes // width)
         return [
             (first * width, min((last + 1) * width, self.count))
-            for first, last in neighbours(parts.tolist(), most)
+            for first, last in neighbours(parts, spare, PART_BYTES // self.block_bytes, most)
         ]
 
-    def bring(self, blocks: np.ndarray, pool: Executor) -> list[Future[None]]:
-        """Begin to fetch blocks that are not in the file, side by side.
+    def bring(self, ranges: list[tuple[int, int]], pool: Executor) -> list[Future[None]]:
+        """Begin to fetch ranges of blocks, side by side.
 
         Their checksums are looked up here: in the pool a table that fetches them would wait for
         room in it.
         """
         return [
             pool.submit(self.fill, first, end, self.sums.recorded(np.arange(first, end)))
-            for first, end in self.wanted(blocks)
+            for first, end in ranges
         ]
 
     def fill(self, first: int, end: int, recorded: list[bytes]) -> None:
         """Fetch blocks `first` to `end`, unless another process has meanwhile."""
-        with self.cache.lock(f"locks/{zlib.crc32(f'{self.name} {first}'.encode()) % 1024}"):
+        place = first * self.block_bytes // LOCKED_BYTES
+        with self.cache.lock(f"locks/{zlib.crc32(f'{self.name} {place}'.encode()) % 1024}"):
             if not len(self.missing(np.arange(first, end))):
                 return
             edges = self.sums.spans[np.arange(first, end + 1)] * self.row_bytes
@@ -155,11 +165,19 @@ class TableParts:
             raise self.cache.judged(error) from error
 
 
-def neighbours(parts: Iterable[int], most: int) -> list[tuple[int, int]]:
-    """First and last of every run of ascending numbers, of at most so many."""
+def neighbours(parts: np.ndarray, spare: int, widest: int, most: int) -> list[tuple[int, int]]:
+    """First and last of every run of ascending numbers, of at most so many.
+
+    spare   numbers between them that runs may hold, all together: the narrowest gaps are closed
+    widest  of these gaps
+    """
     found: list[tuple[int, int]] = []
-    for part in parts:
-        if found and part == found[-1][1] + 1 and part - found[-1][0] < most:
+    gaps = np.diff(parts) - 1
+    order = np.argsort(gaps, kind="stable")
+    closed = np.zeros(len(parts), bool)
+    closed[order[(np.cumsum(gaps[order]) <= spare) & (gaps[order] <= widest)] + 1] = True
+    for part, follows in zip(parts.tolist(), closed.tolist(), strict=True):
+        if follows and part - found[-1][0] < most:
             found[-1] = (found[-1][0], part)
         else:
             found.append((part, part))

@@ -214,7 +214,7 @@ class PackTable:
         """The patch table; of very large sets its blocks are the packs, whose rows have sums."""
         sums = None
         if self.manifest.tables.get(PATCHES_TABLE, {}).get("blocks") == "packs":
-            sums = BlockSums(self.spans, "crc32", self.sums_of_patches, self.rows.spans.size)
+            sums = BlockSums(self.spans, "crc32", self.sums_of_patches, are_here=False)
         return open_table(self.files, self.manifest, PATCHES_TABLE, check, sums)
 
     def sums_of_patches(self, packs: np.ndarray) -> list[bytes]:

@@ -26,7 +26,8 @@ PACK_BYTES = 16 * 48
 def small(monkeypatch):
     """Runs of 8 packs after the first 4, windows of 64 patches, quick retries."""
     monkeypatch.setattr(latentds.store.transport, "FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr("latentds.store.tables.ALONE", 4)
+    monkeypatch.setattr("latentds.store.remote_files.ALONE", 4)
+    monkeypatch.setattr("latentds.store.tables.FEW_RUNS", 0)
     monkeypatch.setattr("latentds.loading.order.MIN_WINDOW", 64)
     monkeypatch.setattr("latentds.loading.order.WINDOW_PACKS", 4)
 
@@ -77,18 +78,32 @@ def test_an_epoch_takes_a_request_a_run_beyond_the_first_packs(hub, cache, share
 
 
 def test_a_look_fetches_what_it_looks_at(hub, cache, monkeypatch):
-    monkeypatch.setattr("latentds.store.tables.ALONE", 256)
+    monkeypatch.setattr("latentds.store.remote_files.ALONE", 256)
     data = LatentDataset(HUB, cache=cache, batch_size=20)
     data.batch(0, 0)
     data.sets[0].files.threads("ahead").shutdown(wait=True)
     assert hub.requests[SHARD] == len(kept_packs(cache)) < 10
 
 
+def test_a_small_set_comes_by_runs_from_the_start(hub, cache, monkeypatch):
+    monkeypatch.setattr("latentds.store.tables.FEW_RUNS", 5)
+    data = LatentDataset(HUB, cache=cache, batch_size=20, shuffle=True)
+    data.batch(0, 0)
+    assert hub.requests[SHARD] <= 4
+
+
+def test_packs_that_others_fetched_end_a_look_too(hub, cache):
+    for _ in range(2):
+        data = LatentDataset(HUB, cache=cache, batch_size=20)
+        data.sets[0].pack_table.fetch(np.arange(4))
+        assert data.sets[0].files.packs_alone == 0 and hub.requests[SHARD] == 4
+
+
 def test_workers_share_what_came_along(hub, cache):
     loader = LatentLoader(
         HUB, cache=cache, decode="codes", shuffle=True, num_workers=2, batch_size=20
     )
-    loader.dataset.sets[0].files.fetched_alone = 4
+    loader.dataset.sets[0].files.packs_alone = 0
     rows = [row for batch in loader for row in batch.rows.tolist()]
     assert sorted(rows) == list(range(500)) and len(kept_packs(cache)) == 32
     assert hub.requests[SHARD] <= 4 + 2 * 4  # both may have asked
@@ -97,17 +112,16 @@ def test_workers_share_what_came_along(hub, cache):
 @pytest.mark.parametrize("fault", ["drop", "short", "429", "503"])
 def test_a_run_that_fails_is_replaced_by_its_packs(hub, cache, shared_dataset, fault):
     data = LatentDataset(HUB, cache=cache, batch_size=20, shuffle=True)
-    data.sets[0].files.fetched_alone = 4
+    data.sets[0].files.packs_alone = 0
     hub.faults[SHARD] = [fault]
     local = LatentDataset(shared_dataset, batch_size=20, shuffle=True)
     assert np.array_equal(codes_of(data), codes_of(local))
     assert hub.requests[SHARD] <= 1 + 4 + 8  # the fault, runs, and what of one is wanted at once
-    assert data.sets[0].files.fetched_alone <= 4 + 8
 
 
 def test_a_server_that_stays_away_ends_the_first_batch_soon(hub, cache):
     data = LatentDataset(HUB, cache=cache, batch_size=200, shuffle=True)
-    data.sets[0].files.fetched_alone = 4
+    data.sets[0].files.packs_alone = 0
     hub.faults[SHARD] = ["503!"]
     with pytest.raises(InputError, match="after 8 tries"):
         data.batch(0, 0)
@@ -117,7 +131,7 @@ def test_a_server_that_stays_away_ends_the_first_batch_soon(hub, cache):
 @pytest.mark.parametrize("options", [{"columns": ("source",)}, {"masks": True}])
 def test_columns_and_masks_come_along(hub, cache, shared_dataset, options):
     data = LatentDataset(HUB, cache=cache, batch_size=20, **options)
-    data.sets[0].files.fetched_alone = 4
+    data.sets[0].files.packs_alone = 0
     local = LatentDataset(shared_dataset, batch_size=20, **options)
     for ours, its in zip(data, local, strict=True):
         assert ours.columns == its.columns
@@ -134,7 +148,7 @@ def test_an_unknown_split_is_named(hub, cache):
 def test_packs_of_unlike_sizes_come_side_by_side(hub, cache, monkeypatch):
     data = LatentDataset(HUB, cache=cache, batch_size=20)
     files, packs = data.sets[0].files, np.arange(8)
-    files.fetched_alone = 4
+    files.packs_alone = 0
     monkeypatch.setattr("latentds.store.tables.RUN_BYTES", PACK_BYTES)  # none fits
     data.sets[0].pack_table.fetch(packs)
     assert len(kept_packs(cache)) == hub.requests[SHARD] == 8
@@ -143,7 +157,7 @@ def test_packs_of_unlike_sizes_come_side_by_side(hub, cache, monkeypatch):
 def test_neighbours_that_are_evicted_before_their_turn_end_the_runs(hub, cache, caplog):
     data = LatentDataset(HUB, cache=cache, batch_size=20)
     table, files = data.sets[0].pack_table, data.sets[0].files
-    files.fetched_alone = 4
+    files.packs_alone = 0
     table.fetch(np.array([0]))
     for path in cache.dir.glob("sets/*/data/*/*"):
         path.unlink()  # as another reader's packs would have it
@@ -155,7 +169,7 @@ def test_neighbours_that_are_evicted_before_their_turn_end_the_runs(hub, cache, 
 def test_few_runs_are_asked_for_ahead(hub, cache, monkeypatch):
     data = LatentDataset(HUB, cache=cache, batch_size=20)
     files = data.sets[0].files
-    files.fetched_alone = 4
+    files.packs_alone = 0
     data.sets[0].pack_table.fetch(np.array([0, 8, 16, 24]), ahead=True)
     files.threads("runs-ahead").shutdown(wait=True)
     assert hub.requests[SHARD] == 2 and not files.asked
@@ -169,7 +183,7 @@ def test_a_damaged_neighbour_is_not_kept_and_is_named_when_its_turn_comes(
     flip_bit(dataset / SHARD, extent.offset + 5)
     with serve(dataset, monkeypatch) as running:
         data = LatentDataset(HUB, cache=cache, batch_size=20)
-        data.sets[0].files.fetched_alone = 4
+        data.sets[0].files.packs_alone = 0
         data.sets[0].pack_table.fetch(np.array([8]))
         assert running.requests[SHARD] == 1
         assert f"{extent.offset}-{extent.size}" not in kept_packs(cache)
@@ -202,6 +216,7 @@ def test_the_table_of_requests_counts_whole_epochs_of_both_readers(tmp_path, mon
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", constants.ENDPOINT)
+    monkeypatch.setattr("latentds.store.tables.FEW_RUNS", 8)
     ours, theirs = rows_of(3000, tmp_path)
     assert (ours[2], theirs[2]) == ("latentds", "datasets")
     # Manifest, three tables and a few packs; a shard, asked for its size and its parts.

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 THREADS = 16  # ranges fetched at once by a process
 RUN_BYTES = 32_000_000  # of neighbouring packs that come by one request: the Hub counts requests
 RUNS_AHEAD = 2  # such requests that wait or are on their way; one at a time is held in memory
-ALONE = 128  # packs, a window of the order, that a process fetches by themselves first
+ALONE = 128  # packs, a window of the order, that a process asks for by themselves first
 MAX_PENDING = 256  # of them asked for ahead
 
 
@@ -59,7 +59,7 @@ class RemoteFiles:
         self.fetched: set[str] = set()  # runs that this process has fetched
         self.run_packs = 1  # packs of a run; see PackTable.want_all
         self.run_kinds: tuple[str, ...] = ()  # which of their members come along
-        self.fetched_alone = 0
+        self.packs_alone = ALONE  # that are still fetched by themselves when they are asked for
         self.spare_bytes = START_BYTES  # of tables; see TableParts.wanted
 
     def __getstate__(self) -> dict[str, Any]:
@@ -217,7 +217,6 @@ class RemoteFiles:
 
         def fetch() -> bytes:
             self.refuse_offline(extent.shard)
-            self.fetched_alone += 1
             shard, offset, size, _, _ = extent
             check = functools.partial(is_sound, extent=extent)
             return self.transport.read(shard, offset, size, size, check, attempts)

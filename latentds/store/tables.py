@@ -40,12 +40,13 @@ from latentds.store.open_files import (
     block_sums,
     wait_for,
 )
-from latentds.store.remote_files import ALONE, RUN_BYTES, RemoteFiles
+from latentds.store.remote_files import RUN_BYTES, RemoteFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MANY_REQUESTS = 3000  # about what the Hub takes in five minutes
+FEW_RUNS = 8  # a split of so many comes by them from the start: a look at it costs 256 MB
 FIELDS = {CODES: "codes", PATCHES: "patches", MASKS: "masks"}
 RECHECK_EPOCHS = 10  # a disk may lose what it was read from without telling
 Files = LocalFiles | RemoteFiles
@@ -279,6 +280,8 @@ class PackTable:
         room = int(files.cache.limit * KEPT_SHARE / sets)
         if size <= room:
             files.run_packs = max(1, RUN_BYTES * packs // size)
+            if size <= FEW_RUNS * RUN_BYTES:
+                files.packs_alone = 0
             files.run_kinds = (CODES, *([PATCHES] if columns else ()), *([MASKS] if masks else ()))
         elif packs > MANY_REQUESTS:
             logger.warning(
@@ -291,12 +294,11 @@ class PackTable:
     def fetch(self, packs: np.ndarray, ahead: bool = False) -> None:
         """Have packs' codes at hand; with `ahead` return at once."""
         extents, files = self.extents(packs, CODES), self.files
-        if (
-            not isinstance(files, RemoteFiles)
-            or files.run_packs == 1
-            or files.fetched_alone < ALONE
-        ):
+        if not isinstance(files, RemoteFiles) or files.run_packs == 1:
             return files.fetch(extents, ahead)
+        if files.packs_alone > 0 and not ahead:
+            files.packs_alone -= len(packs)
+            return files.fetch(extents)
         absent = packs[[not files.holds(extent) for extent in extents]]
         starts = self.first_pack[self.shards_of(absent)]
         firsts = absent - (absent - starts) % files.run_packs

@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.closing_server import ClosingServer
 
 COMMIT = "c0ffee" + "0" * 34
+RESOLVED = f"datasets/org/name/resolve/{COMMIT}/"
 
 
 class FlakyServer(ClosingServer):
@@ -24,7 +25,9 @@ class FlakyServer(ClosingServer):
     Range), "silent" (no answer until the server ends). The last one repeats for ever where it ends
     in "!".
 
-    Also answers as much of the Hub's API as resolving a revision takes, for org/name@main.
+    Also answers as much of the Hub's API as resolving a revision takes, for org/name@main. With
+    `signature` it sends those who ask for files of it elsewhere, as the Hub does, to addresses that
+    hold until it changes; `asked` counts what is asked of the Hub itself.
     """
 
     def __init__(self, root: Path) -> None:
@@ -33,6 +36,7 @@ class FlakyServer(ClosingServer):
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.requests: Counter[str] = Counter()
         self.sent, self.is_ending = 0, threading.Event()
+        self.signature, self.asked = "", 0
         self.tokens: set[str] = set()
 
     @property
@@ -55,13 +59,21 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0].lstrip("/")
+        path, _, query = self.path.lstrip("/").partition("?")
         self.server.tokens.add(self.headers.get("authorization", ""))
         if path.startswith("api/datasets/org/name/revision/"):
             self.server.requests["api"] += 1
+            self.server.asked += 1
             return self.answer(200, json.dumps({"id": "org/name", "sha": COMMIT}).encode())
-        path = path.removeprefix(f"datasets/org/name/resolve/{COMMIT}/")
+        if path.startswith(RESOLVED):
+            path = path.removeprefix(RESOLVED)
+            self.server.asked += 1
+            if signature := self.server.signature:
+                place = f"http://localhost:{self.server.server_address[1]}/{path}?{signature}"
+                return self.answer(302, b"", {"location": place})
         self.server.requests[path] += 1
+        if self.server.signature and query != self.server.signature:
+            return self.answer(403, b"")
         fault = self.server.next_fault(path)
         if fault == "silent":
             self.server.is_ending.wait()

@@ -4,7 +4,8 @@
 
 A set of random codes of 2 KiB is served on this machine. Both read all of it once with an empty
 cache, shuffled: ours into batches of 256, `datasets` from the same shards, as WebDataset, through a
-buffer of 128 packs. The server counts requests and bytes.
+buffer of 128 packs. The server sends who asks for a file to another address, as the Hub does, and
+counts what is asked of itself, what of those addresses, and bytes.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from latentds_tools.reports.markdown import table
 
 from latentds.loading.dataset import LatentDataset
 from latentds.store.cache import CacheConfig
-from tests.flaky_server import serving
+from tests.flaky_server import RESOLVED, FlakyServer, serving
 from tests.mutations import say
 
-TITLES = ("patches", "set MB", "reader", "requests to a batch", "of an epoch", "MB each", "seconds")
+TITLES = ("patches", "set MB", "reader", "to the Hub", "for shards", "for tables", "before a batch",
+          "MB each", "seconds")  # fmt: skip
 
 
 def ours(_: str, folder: Path, cache: Path) -> Iterator[int]:
@@ -42,7 +44,8 @@ def theirs(url: str, folder: Path, cache: Path) -> Iterator[int]:
     """The same of `datasets`, whose samples are packs."""
     import datasets
 
-    shards = [f"{url}/data/{path.name}" for path in sorted((folder / "data").glob("*.tar"))]
+    names = [f"data/{path.name}" for path in sorted((folder / "data").glob("*.tar"))]
+    shards = [f"{url}/{RESOLVED}{name}" for name in names]
     options: Any = {"data_files": {"train": shards}, "split": "train", "cache_dir": str(cache)}
     stream = datasets.load_dataset("webdataset", streaming=True, **options)
     for pack in stream.shuffle(seed=0, buffer_size=128):
@@ -56,16 +59,26 @@ def rows_of(patches: int, work: Path) -> Iterator[list[str]]:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     for name, reader in (("latentds", ours), ("datasets", theirs)):
         with serving(folder) as server:
-            constants.ENDPOINT = server.url
+            constants.ENDPOINT, server.signature = server.url, "until=tomorrow"
             started, counts = time.perf_counter(), reader(server.url, folder, work / name)
-            found, begun = next(counts), server.requests.total()
+            found, begun = next(counts), sum(fetched(server))
             found += sum(counts)
-            seconds, total = time.perf_counter() - started, server.requests.total()
+            seconds, (shards, tables) = time.perf_counter() - started, fetched(server)
             if found != patches:
                 raise AssertionError(f"{name} gave {found} of {patches} patches")
-            each = server.sent / 1e6 / total
-            yield [f"{patches:,}", f"{size / 1e6:,.0f}", name, str(begun), str(total),
-                   f"{each:.1f}", f"{seconds:.0f}"]  # fmt: skip
+            each = server.sent / 1e6 / (shards + tables)
+            yield [f"{patches:,}", f"{size / 1e6:,.0f}", name, str(server.asked), str(shards),
+                   str(tables), str(begun), f"{each:.1f}", f"{seconds:.0f}"]  # fmt: skip
+
+
+def fetched(server: FlakyServer) -> tuple[int, int]:
+    """Requests answered with parts of shards, and with the manifest or parts of tables."""
+    counts = server.requests.items()
+    shards, tables = (
+        sum(number for path, number in counts if path.startswith(top))
+        for top in ("data/", ".latentds/")
+    )
+    return shards, tables
 
 
 def main() -> None:

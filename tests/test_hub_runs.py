@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -219,5 +220,40 @@ def test_the_table_of_requests_counts_whole_epochs_of_both_readers(tmp_path, mon
     monkeypatch.setattr("latentds.store.tables.FEW_RUNS", 8)
     ours, theirs = rows_of(3000, tmp_path)
     assert (ours[2], theirs[2]) == ("latentds", "datasets")
-    # Manifest, three tables and a few packs; a shard, asked for its size and its parts.
-    assert 5 <= int(ours[4]) <= 40 and 1 <= int(theirs[4]) <= 12
+    asked, shards, tables, begun = map(int, ours[3:7])
+    # Revision, manifest, three tables and a shard; runs from the start.
+    assert asked == 6 and shards == 1 and tables == 4 and begun == 5
+    assert 1 <= int(theirs[4]) <= 12 and theirs[5] == "0"  # a shard, for its size and its parts
+
+
+def read_signed(hub, cache, monkeypatch):
+    """A set that is read while the Hub sends who asks for its files elsewhere."""
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
+    hub.signature = "until=1"
+    return LatentDataset(HUB, cache=cache, batch_size=20, shuffle=True)
+
+
+def test_the_hub_is_asked_once_for_each_file(hub, cache, shared_dataset, monkeypatch):
+    monkeypatch.setattr("latentds.store.remote_files.THREADS", 1)
+    data = read_signed(hub, cache, monkeypatch)
+    local = LatentDataset(shared_dataset, batch_size=20, shuffle=True)
+    assert np.array_equal(codes_of(data), codes_of(local))
+    # For the revision, the manifest, three tables, and the shard at most once a pool.
+    assert hub.requests[SHARD] >= 8 and hub.asked <= 1 + 1 + 3 + 4
+
+
+def test_an_address_that_holds_no_more_is_asked_for_anew(hub, cache, monkeypatch):
+    table = read_signed(hub, cache, monkeypatch).sets[0].pack_table
+    table.fetch(np.array([0, 1]))
+    hub.signature, asked = "until=2", hub.asked
+    table.fetch(np.array([8, 9]))
+    assert len(kept_packs(cache)) == 4 and asked < hub.asked <= asked + 2
+
+
+def test_no_token_goes_where_the_hub_sends_us(hub, cache, monkeypatch):
+    transport = read_signed(hub, cache, monkeypatch).sets[0].files.transport
+    assert "Bearer secret" in hub.tokens and transport.places
+    assert not pickle.loads(pickle.dumps(transport)).places
+    hub.tokens.clear()
+    transport.fetch(".latentds/packs.npy", 0, 10, 10)
+    assert hub.tokens == {""}

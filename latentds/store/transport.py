@@ -74,11 +74,13 @@ class Transport:
         if self.hub and COMMIT.fullmatch(self.hub[2] or ""):
             self.revision = self.hub[2]
         self.local = threading.local()
+        self.places: dict[str, str] = {}  # addresses that the Hub has sent us to, by file
         self.is_given_up = False
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name != "local"}
-        return kept | {"headers": {}}  # a token is no business of whoever gets the pickle
+        # A token, or an address with a signature, is no business of whoever gets the pickle.
+        return kept | {"headers": {}, "places": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -261,9 +263,9 @@ class Transport:
         from urllib3.exceptions import HTTPError
 
         wanted = {"range": f"bytes={start}-{start + size - 1}"} if size is not None else {}
-        headers = self.headers | wanted | {"accept-encoding": "identity"}
+        headers = wanted | {"accept-encoding": "identity"}
         try:
-            with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
+            with self.ask_http(session, url, headers) as answer:
                 has_begun.set()
                 check_answer(answer, shown(url), None if size is None else start)
                 return read_body(answer, shown(url), size if size is not None else limit)
@@ -272,7 +274,24 @@ class Transport:
         # Their texts have the address, token and all. RequestException is an OSError, that of an
         # address in a redirect a ValueError.
         except (OSError, HTTPError, HTTPException, ValueError) as error:
+            self.places.pop(url, None)
             raise TransientError(type(error).__name__) from None
+
+    def ask_http(self, session: Any, url: str, headers: dict[str, str]) -> Any:
+        """An answer, from where the Hub has sent an earlier request for the file while that holds.
+
+        The Hub limits how often it is asked itself. As `hf_transfer` has it.
+        """
+        if place := self.places.get(url):  # holds for an hour, and is no place for our token
+            answer = session.get(place, headers=headers, stream=True, timeout=TIMEOUT_S)
+            if answer.status_code < 400:
+                return answer
+            answer.close()
+            self.places.pop(url, None)
+        answer = session.get(url, headers=self.headers | headers, stream=True, timeout=TIMEOUT_S)
+        if self.hub and urlsplit(answer.url).netloc != urlsplit(url).netloc:
+            self.places[url] = answer.url
+        return answer
 
     def client(self, url: str, is_http: bool) -> Any:
         """This thread's connections or file system, in this process: none survives a fork."""

@@ -233,9 +233,12 @@ def check_digest(record: dict[str, Any], content: bytes, where: str) -> None:
     contradict nothing else.
     """
     # Text that is canonical but for its digest is hashed as it is: to write it anew takes longer.
-    rest = content.replace(f'"digest":"{record["digest"]}",'.encode(), b"").removesuffix(b"\n")
-    if record["digest"] == f"sha256:{hashlib.sha256(rest).hexdigest()}":
-        return
+    field, text = f'"digest":"{record["digest"]}",'.encode(), memoryview(content)
+    if (start := content.find(field)) >= 0:
+        hashed = hashlib.sha256(text[:start])
+        hashed.update(text[start + len(field) : len(content) - content.endswith(b"\n")])
+        if record["digest"] == f"sha256:{hashed.hexdigest()}":
+            return
     try:
         digest = digest_json({name: record[name] for name in record if name != "digest"})
     except (ValueError, RecursionError) as error:

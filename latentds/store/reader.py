@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,25 +18,12 @@ from latentds.errors import DamagedPackError, FormatError
 from latentds.store.cache import CacheConfig
 from latentds.store.format import CHECKSUMS, CODES
 from latentds.store.manifest import Manifest, read_manifest
-from latentds.store.open_files import (
-    Extent,
-    LocalFiles,
-    OpenFile,
-    Signature,
-    Table,
-    signature_of,
-    wait_for,
-)
+from latentds.store.open_files import Extent, LocalFiles, OpenFile, Signature, Table, wait_for
 from latentds.store.pack_columns import PackColumns
 from latentds.store.remote_files import RemoteFiles
-from latentds.store.tables import (
-    CodeChecks,
-    Files,
-    PackTable,
-    check_rows,
-    open_table,
-    warn_of_older,
-)
+from latentds.store.tables import CodeChecks, Files, PackTable, check_rows, check_sizes, open_table
+
+logger = logging.getLogger(__name__)
 
 MAX_NEAR = 256  # packs that the system was asked to read: two windows of the order
 
@@ -380,19 +368,11 @@ def manifest_of(files: Files) -> Manifest:
     return read_manifest(files.folder) if isinstance(files, LocalFiles) else files.manifest()
 
 
-def check_sizes(folder: Path, manifest: Manifest) -> list[Signature]:
-    """Every shard's signature; refuses missing, truncated or grown ones before anything is read."""
-    found = []
-    for shard in manifest.shards:
-        path = f"{folder}/{shard.name}"  # a Path for each of 8,000 costs as much as all else
-        try:
-            status = os.stat(path)  # noqa: PTH116
-        except FileNotFoundError as error:
-            raise FormatError(f"{path}: missing; the manifest lists it, fetch it") from error
-        if status.st_size != shard.bytes:
-            raise FormatError(
-                f"{path}: {status.st_size} bytes, the manifest says {shard.bytes}; truncated or "
-                "replaced, fetch it anew"
-            )
-        found.append(signature_of(status))
-    return found
+def warn_of_older(where: str, manifest: Manifest, patches: Table) -> None:
+    """Say what is not checked of sets of before there were all checksums."""
+    if patches.sums is None or not manifest.has_digest or CHECKSUMS not in manifest.tables:
+        logger.warning(
+            "%s: of a time before tables, patches and the manifest had checksums of their own: "
+            "damage may go unnoticed, and checking reads whole packs; 'latentds verify' finds all "
+            "damage, 'latentds repack' writes a set that has them", where,
+        )  # fmt: skip

@@ -38,7 +38,7 @@ LINES = {
     "latentds/models": 1_760,
     "latentds/quantizers": 3_600,
     "latentds/sources": 6_460,
-    "latentds/store": 5_440,
+    "latentds/store": 5_490,
     "latentds/views": 1_180,
     "tools": 11_550,
     "trainers": 9_950,

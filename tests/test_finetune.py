@@ -505,19 +505,14 @@ def test_the_teacher_stays_as_it_is(folder, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_whole_images_and_recomputed_activations_reach_the_embedding_loss(folder, tmp_path):
+def test_whole_images_reach_the_embedding_loss(folder, tmp_path):
     embedder = f"phikon-v2@{save_phikon(tmp_path / 'phikon')}"
     first = {}
-    for name, options in {
-        "card": {},
-        "native": {"embedder_input": "native"},
-        "recomputed": {"embedder_input": "native", "checkpoint_embedder": True},
-    }.items():
-        options |= {"steps": 1, "batch_size": 1}
+    for name in ("card", "native"):
+        options = {"steps": 1, "batch_size": 1, "embedder_input": name}
         config = settings(tmp_path / name, pictures=(folder,), embedder=embedder, **options)
         DecoderTask(config).run()
         first[name] = [line["decoder/grad_norm"] for line in lines(tmp_path / name)]
-    assert first["recomputed"] == pytest.approx(first["native"], rel=1e-5)
     assert first["card"] != pytest.approx(first["native"], rel=1e-3)
 
 

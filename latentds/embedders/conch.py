@@ -90,8 +90,7 @@ def load_conch(path: Path | None = None, *, width: int = 768, **changes: Any) ->
         tensors[POSITIONS] = spread
     fill(network, tensors, path, f"{NAME} ({card.class_name})")
     card = dataclasses.replace(card, dim=width, revision=revision, weights_id=identity)
-    checkpoint = network.trunk.set_grad_checkpointing
-    return NetworkEmbedder(card, network, Preparation(card), checkpoint=checkpoint)
+    return NetworkEmbedder(card, network, Preparation(card))
 
 
 def trained_positions(positions: Tensor, path: Path) -> Tensor:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -165,21 +164,13 @@ class NetworkEmbedder:
     card        its card, identity included
     network     prepared images to (B, D)
     prepare     images (B, 3, H, W) in [0, 1] to what the network sees, in float32
-    checkpoint  makes the network recompute activations in the backward pass; None if it cannot
     """
 
-    def __init__(
-        self,
-        card: EmbedderCard,
-        network: nn.Module,
-        prepare: nn.Module,
-        checkpoint: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, card: EmbedderCard, network: nn.Module, prepare: nn.Module) -> None:
         self.card = card
         self.network = network.eval().requires_grad_(False)
         self.prepare = prepare.eval().requires_grad_(False)
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self._checkpoint = checkpoint
 
     def embed(self, images: Tensor) -> Tensor:
         """Embeddings float32 (B, D); keeps gradients to the images where autograd is on.
@@ -200,15 +191,6 @@ class NetworkEmbedder:
                 f"not {(len(images), self.card.dim)}; its embedding is not one vector an image"
             )
         return embeddings.float()
-
-    def checkpoint_gradients(self) -> NetworkEmbedder:
-        """Self, now recomputing activations in the backward pass, to train through it in less room.
-
-        Does nothing for networks that have no such switch (the small ones).
-        """
-        if self._checkpoint is not None:
-            self._checkpoint()
-        return self
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -77,8 +77,7 @@ class LatentBackbone(NetworkEmbedder):
     ) -> None:
         self.stem, self.autoencoder = stem, autoencoder
         prepare = LatentInput(card, stem, autoencoder, codebook)
-        switch = getattr(network, "set_grad_checkpointing", None)
-        super().__init__(card, network, prepare, checkpoint=switch)
+        super().__init__(card, network, prepare)
 
     def embed_latents(self, latents: Tensor) -> Tensor:
         """Embeddings float32 (B, D) of latents float (B, C, h, w), normalized as the stem says.

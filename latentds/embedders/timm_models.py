@@ -208,8 +208,7 @@ def load(card: EmbedderCard, network: Any, path: Path | None, what: str) -> Netw
         revision=revision,
         weights_id=hash_tensors(network.state_dict(), {}),
     )
-    switch = getattr(network, "set_grad_checkpointing", None)
-    return NetworkEmbedder(card, network, Preparation(card), checkpoint=switch)
+    return NetworkEmbedder(card, network, Preparation(card))
 
 
 def load_efficientnet_lite(path: Path | None = None) -> NetworkEmbedder:
@@ -224,8 +223,7 @@ def load_efficientnet_lite(path: Path | None = None) -> NetworkEmbedder:
     card = dataclasses.replace(
         CARDS["efficientnet-lite0"], weights_id=hash_tensors(network.state_dict(), {})
     )
-    checkpoint = network.set_grad_checkpointing
-    return NetworkEmbedder(card, network, Preparation(card), checkpoint=checkpoint)
+    return NetworkEmbedder(card, network, Preparation(card))
 
 
 def build_classifier(path: Path) -> nn.Module:

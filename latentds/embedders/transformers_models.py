@@ -6,7 +6,6 @@ The only file of embedders that imports transformers: safetensors only, no code 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders.embedder import (
@@ -44,18 +42,6 @@ class Tokens(nn.Module):
         tokens: Tensor = self.network(pixel_values=prepared).last_hidden_state
         return tokens
 
-    def checkpoint_gradients(self) -> None:
-        """Recompute each layer in the backward pass (transformers does so in train mode only)."""
-        for layer in self.network.encoder.layer:
-            layer.forward = functools.partial(recomputed, layer.forward)
-
-
-def recomputed(forward: Any, *arguments: Any, **named: Any) -> Any:
-    """What a layer returns, its activations dropped where gradients are wanted."""
-    if not torch.is_grad_enabled():
-        return forward(*arguments, **named)
-    return checkpoint(forward, *arguments, use_reentrant=False, **named)
-
 
 def load_dinov2(name: str, folder: Path | None = None, native: bool = False) -> NetworkEmbedder:
     """phikon-v2, an embedder of class tokens, or midnight, which has the patches' mean beside.
@@ -80,9 +66,8 @@ def load_dinov2(name: str, folder: Path | None = None, native: bool = False) -> 
         card = published_rule(card, folder / PUBLISHED)
     if native:
         card = without_resizing(card)
-    prepare, tokens = Preparation(card), Tokens(network)
-    pooled = ClassToken(tokens, mean_from=1 if has_mean else None)
-    return NetworkEmbedder(card, pooled, prepare, checkpoint=tokens.checkpoint_gradients)
+    pooled = ClassToken(Tokens(network), mean_from=1 if has_mean else None)
+    return NetworkEmbedder(card, pooled, Preparation(card))
 
 
 def load_network(folder: Path) -> Any:

@@ -75,7 +75,7 @@ def encode(
     tokens = add_positions(vit, tokens)
     if kept is not None:
         tokens = keep(tokens, kept, vit.num_prefix_tokens)
-    encoded: Tensor = vit.norm(run_blocks(vit, vit.norm_pre(tokens)))
+    encoded: Tensor = vit.norm(vit.blocks(vit.norm_pre(tokens)))
     return encoded
 
 
@@ -83,17 +83,6 @@ def keep(tokens: Tensor, kept: Tensor, prefix: int) -> Tensor:
     """The prefix tokens and the patch tokens of these indices: (B, P + K, D)."""
     indices = kept[..., None].expand(-1, -1, tokens.shape[-1])
     return torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, indices)], dim=1)
-
-
-def run_blocks(vit: Any, tokens: Tensor) -> Tensor:
-    """The blocks' output; recomputed in the backward pass after `set_grad_checkpointing`."""
-    if vit.grad_checkpointing and torch.is_grad_enabled():
-        from timm.models import checkpoint_seq
-
-        checkpointed: Tensor = checkpoint_seq(vit.blocks, tokens)
-        return checkpointed
-    output: Tensor = vit.blocks(tokens)
-    return output
 
 
 def add_layer_scales(vit: Any, start: float) -> None:

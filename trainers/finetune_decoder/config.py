@@ -90,8 +90,6 @@ class FinetuneConfig(TrainConfig):
     embedder_input: Literal["card", "native"] = "card"
     """card: images resized and cropped as the embedder's card says; native: whole images as they
     are (uni, uni2-h, gigapath, phikon-v2)."""
-    checkpoint_embedder: bool = False
-    """Recompute the embedder's activations in the backward pass: less memory, more time."""
     judges: tuple[str, ...] = ()
     """Embedders that judge held-out pictures and take no part in training."""
     l1_weight: float = 1.0

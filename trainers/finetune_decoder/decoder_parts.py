@@ -229,6 +229,4 @@ def open_embedder(config: FinetuneConfig, device: torch.device) -> Embedder | No
     if config.embedder is None or not config.embedding_weight:
         return None
     embedder = load_embedder(config.embedder, native=config.embedder_input == "native")
-    if config.checkpoint_embedder:
-        embedder.checkpoint_gradients()
     return embedder.to(device)

@@ -44,7 +44,7 @@ SAMPLES = 4  # held-out pictures in a sample picture
 MAY_CHANGE = (
     *("data", "originals", "slides", "root", "anonymize", "pictures", "codebook", "workers"),
     *("validate_on", "validate_split", "validate_crops", "validate_px", "judges"),
-    *("checkpoint_embedder", "half", "licence", "name"),
+    *("half", "licence", "name"),
 )
 NAMES_OR_PATHS = ("autoencoder", "embedder", "judges", "data")
 BEFORE_LAST = re.compile(r"^([^/]*[:@])?.*/")  # all of a path but its last part

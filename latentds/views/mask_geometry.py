@@ -19,8 +19,9 @@ from torch.nn import functional
 
 from latentds.core.randomness import uniform
 from latentds.errors import ShapeError
+from latentds.views.boxes import Draws, draw_boxes
 
-TRIES = 10  # boxes drawn for a random crop before the largest central one is taken
+RATIO = (3 / 4, 4 / 3)  # width over height of a random box, from and to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,6 @@ def random_views(
     size_px: tuple[int, int],
     *,
     scale: tuple[float, float],
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.0,
     turn: float = 0.0,
 ) -> list[View]:
@@ -95,17 +95,17 @@ def random_views(
     image_px  (H, W) of the images
     size_px   (h, w) of the views, the same for all: with turns, h == w
     scale     share of the image's area that a box has, from and to
-    ratio     width over height of a box, from and to, drawn evenly in its logarithm
     flip      share that is flipped: left to right, top to bottom, or both
     turn      share that is turned by 0 to 3 quarters
     """
     if turn and size_px[0] != size_px[1]:
         raise ShapeError(f"turned views of {size_px[0]}x{size_px[1]} px differ in shape; h == w")
-    draws = uniform(seeds, "mask_geometry", 4 * TRIES + 4).tolist()
+    boxes = draw_boxes(Draws.of(seeds, ["mask"]), image_px, scale, RATIO, 0.0, False)
+    places = torch.cat([boxes.top, boxes.left, boxes.height, boxes.width]).T.tolist()
     views = []
-    for numbers in draws:
-        top, left, height, width = random_box(numbers[: 4 * TRIES], image_px, scale, ratio)
-        flipped, which, turned, quarters = numbers[4 * TRIES :]
+    for place, numbers in zip(places, uniform(seeds, "mask_geometry", 4).tolist(), strict=True):
+        top, left, height, width = place
+        flipped, which, turned, quarters = numbers
         kind = 1 + int(which * 3) if flipped < flip else 0  # 1 mirrored, 2 upended, 3 both
         views.append(
             View(
@@ -120,31 +120,6 @@ def random_views(
             )
         )
     return views
-
-
-def random_box(
-    draws: list[float],
-    image_px: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a box inside the image; the largest central one in the end.
-
-    draws   4 numbers in [0, 1) a try
-    source  random resized crops of Szegedy et al. 2015, as torchvision and albumentations have them
-    """
-    rows, columns = image_px
-    for area, shape, down, across in zip(*(draws[i::4] for i in range(4)), strict=True):
-        pixels = rows * columns * (scale[0] + area * (scale[1] - scale[0]))
-        low, high = math.log(ratio[0]), math.log(ratio[1])
-        wanted = math.exp(low + shape * (high - low))
-        width, height = round(math.sqrt(pixels * wanted)), round(math.sqrt(pixels / wanted))
-        if 0 < width <= columns and 0 < height <= rows:
-            top, left = int(down * (rows - height + 1)), int(across * (columns - width + 1))
-            return top, left, height, width
-    height = min(rows, round(columns / ratio[0]))
-    width = min(columns, round(rows * ratio[1]))
-    return (rows - height) // 2, (columns - width) // 2, height, width
 
 
 def resize_image(image: Tensor, size_px: tuple[int, int]) -> Tensor:

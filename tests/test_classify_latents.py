@@ -146,23 +146,9 @@ def test_no_pixels_are_decoded_to_train_on(trained, decoded):
     assert decoded and len(read_record(trained).folds) == 2
 
 
-def test_originals_go_through_a_codec_of_latents(pictures, latents, backbone, tmp_path):
-    """The same latents as stored, but for the statistics, which are of all 33 patches here too."""
-    stored = open_undecoded(PatchInput(data=latents, device="cpu"))
-    made = open_undecoded(PatchInput(data=pictures, codec="tiny+kmeans", device="cpu"))
-    assert made.stem.mean == pytest.approx(stored.stem.mean, rel=1e-5)
-    assert made.stem.std == pytest.approx(stored.stem.std, rel=1e-5)
-    rows = np.arange(33)
-    assert torch.allclose(made.patches.images(rows), stored.patches.images(rows), atol=1e-4)
-    assert made.patches.facts().name == "latents:tiny-v1+kmeans" and made.cells == stored.cells
-    options = {"probe": "knn", "neighbours": 3, "embedder": backbone}
-    record = classify(pictures, tmp_path, codec="tiny+kmeans", **options)
-    assert record.source["kind"] == "codec"
-
-
-@pytest.mark.parametrize("codec", ["original", "jpeg:50"])
-def test_originals_without_latents_are_refused(pictures, tmp_path, codec):
-    with pytest.raises(InputError, match=f"no latents .--codec {codec}.*tiny\\+kmeans"):
+@pytest.mark.parametrize("codec", ["original", "tiny+kmeans"])
+def test_originals_are_refused_where_latents_are_read(pictures, tmp_path, codec):
+    with pytest.raises(InputError, match="originals have no latents; convert them"):
         classify(pictures, tmp_path, codec=codec)
 
 

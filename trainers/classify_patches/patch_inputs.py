@@ -174,8 +174,8 @@ def open_latents(
     """The same patches by their latents, and the training set's own, stem included.
 
     stem    of a network that is there already, None for one of the training set's statistics
-    raises  InputError for originals without a codec of latents; ContractError for latents of
-            another autoencoder, than the stem's or in the test set
+    raises  InputError for originals; ContractError for latents of another autoencoder, than the
+            stem's or in the test set
     """
     from latentds.evaluation.patchsets.open_patch_sets import open_undecoded
 

@@ -193,29 +193,8 @@ class PictureRoundTrip(PlainPixels):
         return float(np.mean(sizes))
 
 
-class LatentsOnTheFly(Developer):
-    """Every patch's latents, through their bytes, not decoded.
-
-    Encoded in chunks of one size, whatever was asked for together.
-    normalize  what is done to them last
-    """
-
-    def __init__(self, codec: LatentCodec, device: torch.device) -> None:
-        self.codec, self.device = codec, device
-        self.normalize: Callable[[Tensor], Tensor] = lambda latents: latents
-        self.encoding = Encoding(codec.autoencoder, codec.patch_px, device)
-        self.together = self.encoding.chunk
-
-    def develop(self, raw: np.ndarray) -> Tensor:
-        return self.normalize(self.stored(raw)).to(self.device)
-
-    def stored(self, raw: np.ndarray) -> Tensor:
-        """Latents float32 (n, C, h, w) as their bytes give them back, on the CPU."""
-        return self.codec.latents_of(self.codec.quantizer.pack(self.encoding(raw)))
-
-
-class LatentRoundTrip(LatentsOnTheFly):
-    """Every patch through the bytes of its latents, decoded in chunks of the same size."""
+class LatentRoundTrip(Developer):
+    """Every patch through the bytes of its latents, encoded and decoded in chunks of one size."""
 
     def __init__(
         self,
@@ -225,14 +204,17 @@ class LatentRoundTrip(LatentsOnTheFly):
         *,
         compile: bool = False,
     ) -> None:
-        super().__init__(codec, device)
+        self.codec, self.device = codec, device
         autoencoder = codec.autoencoder
+        self.encoding = Encoding(autoencoder, codec.patch_px, device)
+        self.together = self.encoding.chunk
         # Moving one to another dtype would move the encoder with it.
         decoder = autoencoder if dtype == torch.float32 else copy.deepcopy(autoencoder)
         self.decoding = Decoding(decoder, codec.patch_px, device, dtype, compile=compile)
 
     def develop(self, raw: np.ndarray) -> Tensor:
-        return self.decoding(self.stored(raw))
+        stored = self.codec.quantizer.pack(self.encoding(raw))
+        return self.decoding(self.codec.latents_of(stored))
 
 
 class Encoding:

@@ -20,30 +20,24 @@ from latentds.autoencoders.autoencoder import (
 from latentds.autoencoders.decoders import replace_decoder
 from latentds.codecs import (
     CodecSpec,
-    LatentCodec,
     LatentSpec,
     PictureSpec,
     make_picture_codec,
     parse_codec,
     with_quantizer,
 )
-from latentds.codecs.latent import latent_shape
 from latentds.codecs.naming import FLOAT_BITS, latent_text
 from latentds.core.processes import choose_device
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import ContractError, InputError
 from latentds.evaluation.patchsets.developing import (
-    FITTED_TO,
-    SEED,
     DecodedCodes,
     Decoding,
     LatentRoundTrip,
-    LatentsOnTheFly,
     PictureRoundTrip,
     PlainPixels,
     UndecodedCodes,
     find_codebook,
-    fit_sample,
 )
 from latentds.evaluation.patchsets.latent_patches import Shards, open_shards
 from latentds.evaluation.patchsets.patch_set import (
@@ -54,9 +48,8 @@ from latentds.evaluation.patchsets.patch_set import (
     given_settings,
 )
 from latentds.evaluation.patchsets.patches import PatchSet
-from latentds.evaluation.patchsets.picture_patches import Pictures, open_pictures
+from latentds.evaluation.patchsets.picture_patches import open_pictures
 from latentds.loading.decoding import find_autoencoder
-from latentds.quantizers.codebooks import ChannelStatistics, rounded
 from latentds.sources.picture_rows import hub_id
 from latentds.sources.source import count_workers
 from latentds.store.channel_statistics import channel_statistics
@@ -80,10 +73,7 @@ def open_patches(config: PatchInput, autoencoder: Autoencoder | None = None) -> 
         return open_latents(config, shards, autoencoder, device)
     spec = find_codec(config)
     if isinstance(spec, LatentSpec):
-        pictures, codec, facts = make_codec(config, spec, autoencoder, device)
-        dtype = DTYPES[config.decode_dtype]
-        pixels = LatentRoundTrip(codec, device, dtype, compile=config.decode_compile)
-        return PatchSet(pictures, pixels, facts, config.keep_mb)
+        return open_coded(config, spec, autoencoder, device)
     return open_originals(config, spec, device)
 
 
@@ -145,13 +135,10 @@ def open_originals(config: PatchInput, spec: PictureSpec | None, device: torch.d
     return PatchSet(pictures, pixels, facts, config.keep_mb, functools.cache(measure))
 
 
-def make_codec(
-    config: PatchInput,
-    spec: LatentSpec,
-    autoencoder: Autoencoder | None,
-    device: torch.device,
-) -> tuple[Pictures, LatentCodec, SourceFacts]:
-    """Pictures, the codec of latents that the config names for them, and what that is called."""
+def open_coded(
+    config: PatchInput, spec: LatentSpec, autoencoder: Autoencoder | None, device: torch.device
+) -> PatchSet:
+    """Pictures through the codec of latents that the config names for them."""
     if spec.quantizer.refine:
         raise InputError(
             f"--codec {config.codec}: refining takes too long for patches that are encoded when "
@@ -176,7 +163,9 @@ def make_codec(
         quantized=spec.quantizer.kind not in FLOAT_BITS, bytes_per_patch=codec.patch_bytes,
         data=config.location, codebook=made,
     )  # fmt: skip
-    return pictures, codec, facts
+    dtype, compile = DTYPES[config.decode_dtype], config.decode_compile
+    pixels = LatentRoundTrip(codec, device, dtype, compile=compile)
+    return PatchSet(pictures, pixels, facts, config.keep_mb)
 
 
 def with_decoder(network: Autoencoder, decoder: str) -> Autoencoder:
@@ -247,28 +236,18 @@ class UndecodedPatches:
 
 
 def open_undecoded(config: PatchInput, stem: LatentStemConfig | None = None) -> UndecodedPatches:
-    """The latents of a data set, or of originals through an autoencoder's codec.
+    """The latents of a data set.
 
     stem    of a network that is there already: latents are normalized as it has them
-    raises  InputError for originals without a codec that makes latents, or for a decoder;
-            ContractError for other latents than the stem's, and what `open_patches` raises
+    raises  InputError for originals, or for a decoder; ContractError for other latents than the
+            stem's, and what `open_patches` raises
     """
     refuse(config, ("decoder",), "for latents that go in as they are")
     device, shards = choose_device(config.device), find_shards(config)
-    if shards is not None:
-        return of_shards(config, shards, device, stem)
-    spec = find_codec(config)
-    if not isinstance(spec, LatentSpec):
+    if shards is None:
         raise InputError(
-            f"{config.location}: originals have no latents (--codec {config.codec}); convert them "
-            "and give the data set, or name an autoencoder, as --codec tiny+kmeans"
+            f"{config.location}: originals have no latents; convert them, and give the data set"
         )
-    return of_originals(config, spec, device, stem)
-
-
-def of_shards(
-    config: PatchInput, shards: Shards, device: torch.device, stem: LatentStemConfig | None
-) -> UndecodedPatches:
     facts = stored_facts(config, shards)
     manifest = shards.shards.manifest
     contract = manifest.contract
@@ -282,41 +261,6 @@ def of_shards(
     latents = UndecodedCodes(books, device, torch.float32)
     patches = PatchSet(shards, latents, described, config.keep_mb)
     return UndecodedPatches(patches, stem, contract.latents_shape[1:])
-
-
-def of_originals(
-    config: PatchInput,
-    spec: LatentSpec,
-    device: torch.device,
-    stem: LatentStemConfig | None,
-) -> UndecodedPatches:
-    """Latents made of pictures, patch by patch, as a data set would store them."""
-    pictures, codec, decoded = make_codec(config, spec, None, device)
-    making = LatentsOnTheFly(codec, device)
-    channels, *cells = latent_shape(codec.card, pictures.patch_px)
-    if stem is None:
-        statistics = sampled_statistics(config, pictures, making)
-        identity = codec.card.latent_id
-        stem = LatentStemConfig(
-            channels, codec.card.factor, statistics.mean, statistics.divisors, identity
-        )
-    check_latents(stem, codec.card.latent_id, config.location)
-    making.normalize = stem.normalize
-    facts = dataclasses.replace(decoded, name=f"{PREFIX}{decoded.codec}", decoder=None)
-    patches = PatchSet(pictures, making, facts, config.keep_mb)
-    return UndecodedPatches(patches, stem, (cells[0], cells[1]))
-
-
-def sampled_statistics(
-    config: PatchInput, pictures: Pictures, making: LatentsOnTheFly
-) -> ChannelStatistics:
-    """Mean and deviation of every channel over patches drawn as a codebook's are."""
-    chosen, _ = fit_sample(dataclasses.replace(config, codebook_from=None), pictures)
-    parts = [making.stored(pixels) for pixels in chosen.sample(FITTED_TO, SEED)]
-    by_channel = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1).double()
-    mean, std = by_channel.mean(1).tolist(), by_channel.std(1, correction=0).tolist()
-    count = by_channel.shape[1]
-    return ChannelStatistics(tuple(map(rounded, mean)), tuple(map(rounded, std)), count)
 
 
 def check_latents(stem: LatentStemConfig, latent_id: str, where: str) -> None:

@@ -24,7 +24,6 @@ FOLDERS = dict.fromkeys(("masks", "slides", "root", "regions"), ".")
         (SourceOptions, {"source": "in", "slide_table": __file__, "anonymize": "key"}),
         (ConvertConfig, {"source": "in", "out": "set", "codebook": "book.json", **FOLDERS}),
         (PatchInput, {"data": "in", "codebook": "book", "groups": "groups.csv", **FOLDERS}),
-        (PatchInput, {"data": "in", "codebook_from": "other"}),
         (Recoding, {"codebook": "book.json"}),
         (ImportOptions, {"codebook": "book.json"}),
     ],

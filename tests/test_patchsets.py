@@ -367,16 +367,6 @@ def test_a_fitted_codebook_is_the_same_each_time(split_pictures):
     assert one.codebook["origin"] == "fitted to a sample of the patches of train"
 
 
-def test_a_codebook_can_be_fitted_to_other_pictures(pictures, tmp_path):
-    save_pictures(tmp_path / "others", 4, 700, edge=64)
-    codebook = opened(
-        pictures, codec="tiny+kmeans:8", codebook_from=tmp_path / "others"
-    ).facts().codebook  # fmt: skip
-    assert codebook["origin"] == "fitted to a sample of others" and codebook["patches"] == 16
-    own = opened(pictures, codec="tiny+kmeans:8").facts().codebook
-    assert own["codebook_id"] != codebook["codebook_id"]
-
-
 def test_a_codebook_file_is_used(pictures, tmp_path):
     levels = np.linspace(-3, 3, 16, dtype=np.float32)[None]
     latent_id = load_autoencoder("tiny").card.latent_id
@@ -610,7 +600,6 @@ def test_a_foreign_decoder_object_is_refused(pictures, tmp_path):
         ({"codec": " "}, "codec is empty"),
         ({"keep_mb": -1}, "keep_mb is -1"),
         ({"workers": 0}, "workers is 0"),
-        ({"codebook": Path("a"), "codebook_from": Path("b")}, "give one of them"),
     ],
 )
 def test_settings_are_checked(options, message):
@@ -765,7 +754,7 @@ def test_a_compiled_decoder_gives_the_same_pixels(tmp_path, monkeypatch):
     # Traced, and run without the minutes of a code generator; that one is tested in test_decoding.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     save_pictures(tmp_path / "in", 5, 32)
-    source = {"codec": "tiny+kmeans", "codebook_from": tmp_path / "in"}
+    source = {"codec": "tiny+kmeans"}
     plain = opened(tmp_path / "in", **source)
     compiled = opened(tmp_path / "in", decode_compile=True, **source)
     rows = everything(plain)

@@ -93,9 +93,7 @@ def test_images_named_after_tcga_slides_are_split_by_patient(nuclei, tmp_path):
 
 @pytest.mark.parametrize("is_told", [False, True])
 def test_a_codebook_fitted_to_tested_images_is_noted(nuclei, tmp_path, is_told):
-    options = {"codec": "tiny+kmeans", "codebook_from": nuclei / "images"}
-    if is_told:
-        options = {"codec": "tiny+kmeans:16"}
+    options = {"codec": "tiny+kmeans:16" if is_told else "tiny+kmeans"}  # whose levels ship
     options |= {"steps": 1, "pictures": 0, **one_fold(nuclei)}
     notes = run(nuclei, tmp_path / "out", **options).notes
     found = [note for note in notes if "test patches among them" in note]

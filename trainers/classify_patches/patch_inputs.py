@@ -182,40 +182,26 @@ def open_latents(
     train = open_undecoded(config, stem=stem)
     sets = [train.patches]
     if len(patches.sets) > 1:
-        sets.append(open_undecoded(of_test_set(config, patches.sets[0]), stem=train.stem).patches)
+        sets.append(open_undecoded(of_test_set(config), stem=train.stem).patches)
     return dataclasses.replace(patches, sets=sets), train
 
 
-def of_test_set(config: ClassifyConfig, train: PatchSet) -> ClassifyConfig:
-    """The config that opens --test-data as the training set was opened.
-
-    A codebook that was fitted to the training set's patches is fitted to them again.
-    """
-    options: dict[str, Any] = {"data": config.test_data, "split": None, "groups": None}
-    if is_fitted(train.facts().codebook) and config.codebook_from is None:
-        options["codebook_from"] = config.data
-    return dataclasses.replace(config, **options)
-
-
-def is_fitted(book: dict[str, Any]) -> bool:
-    return str(book.get("origin", "")).startswith("fitted")
+def of_test_set(config: ClassifyConfig) -> ClassifyConfig:
+    """The config that opens --test-data as the training set was opened."""
+    assert config.test_data is not None
+    return dataclasses.replace(config, data=config.test_data, split=None, groups=None)
 
 
 def open_test_set(config: ClassifyConfig, train: PatchSet, folder: Path) -> PatchSet:
-    """The test set: all patches of the folder, from the same source of pixels.
+    """The test set: all patches of the folder, from the same source of pixels, codebook included.
 
-    raises  InputError where patches differ in size, or the codebook comes out as another one
+    raises  InputError where patches differ in size
     """
-    test, book = open_patches(of_test_set(config, train)), train.facts().codebook
+    test = open_patches(of_test_set(config), like=train)
     if train.patch_px != test.patch_px:
         raise InputError(
             f"{folder}: patches of {test.patch_px[1]}x{test.patch_px[0]} px, --data has "
             f"{train.patch_px[1]}x{train.patch_px[0]}; give --patch-size with --resize"
-        )
-    if is_fitted(book) and test.facts().codebook.get("codebook_id") != book.get("codebook_id"):
-        raise InputError(
-            f"{folder}: another codebook would be fitted for it than for {config.data}; fit one "
-            "with 'latentds fit-codebook' and give it as --codebook"
         )
     return test
 

@@ -45,7 +45,7 @@ RUN, FOLD, FORMAT = "run.json", "fold.json", "latentds-fold/2"
 MAY_CHANGE = frozenset(
     {
         *("out", "data", "test_data", "bags", "labels", "groups", "masks", "slides", "root"),
-        *("only", "splits", "fold_table", "allow_shared_groups", "codebook_from", "max_px"),
+        *("only", "splits", "fold_table", "allow_shared_groups", "max_px"),
         *("device", "workers", "keep_mb", "cache_gb", "embed_batch", "batch_size", "accumulation"),
         *("seeds", "repeats", "save_every", "keep", "log_every", "sample_every", "tensorboard"),
         *("heat_maps", "heat_map_slides", "pictures", "json"),

@@ -21,9 +21,9 @@ from latentds.codecs import LatentCodec, PictureCodec, QuantizerSpec
 from latentds.codecs.latent import check_finite
 from latentds.conversion.prepared import CodebookSample
 from latentds.core.compiling import Compiled
-from latentds.errors import InputError, WeightsError
+from latentds.errors import WeightsError
 from latentds.evaluation.patchsets.patch_set import PatchInput
-from latentds.evaluation.patchsets.picture_patches import Pictures, open_pictures
+from latentds.evaluation.patchsets.picture_patches import Pictures
 from latentds.loading.decoding import make_lookup
 from latentds.quantizers.codebooks import StoredCodebook, load_matching, tiny_codebook
 from latentds.quantizers.scalar import MAX_LEVELS, AnyCodebook
@@ -253,7 +253,7 @@ def codebook_note(codebook: Mapping[str, Any] | None, *, test_is_apart: bool) ->
     origin = (codebook or {}).get("origin")
     if origin != OF_ALL and (origin != OF_TRAIN or test_is_apart):
         return []
-    told = "test patches among them; --codebook or --codebook-from avoids it"
+    told = "test patches among them; --codebook avoids it"
     return [f"the codebook was {origin}, {told}"]
 
 
@@ -266,8 +266,8 @@ def find_codebook(
 ) -> StoredCodebook:
     """The codebook of --codebook, tiny's own, or one fitted, with where it is from in `made`.
 
-    Fitted to patches of --codebook-from, else to these, of their training split where there is
-    one. The draw has a seed of its own: every fold, rank and run has the same codebook.
+    Fitted to these patches, of their training split where there is one. The draw has a seed of its
+    own: every fold, rank and run has the same codebook.
     raises  ContractError for a codebook of other latents, kind or levels
     """
     card = autoencoder.card
@@ -276,10 +276,9 @@ def find_codebook(
     shipped = tiny_codebook()
     wanted = (card.latent_id, quantizer.kind, quantizer.levels)
     book = shipped.scalar
-    is_asked_for = config.codebook_from is None
-    if is_asked_for and wanted == (shipped.latent_id, book.kind, book.levels.shape[1]):
+    if wanted == (shipped.latent_id, book.kind, book.levels.shape[1]):
         return dataclasses.replace(shipped, made={"origin": "shipped with tiny"})
-    drawn, origin = fit_sample(config, pictures)
+    drawn, origin = fit_sample(pictures)
     encoding = Encoding(autoencoder, pictures.patch_px, device)
     sample = CodebookSample(FITTED_TO, "additive" if quantizer.planes else "scalar", SEED)
     for pixels in drawn.sample(FITTED_TO, SEED):
@@ -290,19 +289,10 @@ def find_codebook(
     return StoredCodebook(codebook=codebook, latent_id=card.latent_id, made=made)
 
 
-def fit_sample(config: PatchInput, pictures: Pictures) -> tuple[Pictures, str]:
+def fit_sample(pictures: Pictures) -> tuple[Pictures, str]:
     """The pictures to draw from, and what they are called."""
-    if config.codebook_from is None:
-        splits = {picture.split for picture in pictures.pictures}
-        if "train" not in splits or len(splits) == 1:
-            return pictures, OF_ALL
-        train = [number for number, p in enumerate(pictures.pictures) if p.split == "train"]
-        return pictures.part(train), OF_TRAIN
-    edge = min(pictures.patch_px)
-    others = PatchInput(
-        data=config.codebook_from, tile=True, patch_size=edge, use_labels=False,
-        split_folders=False, workers=config.workers, max_px=config.max_px,
-    )  # fmt: skip
-    if not config.codebook_from.is_dir():
-        raise InputError(f"--codebook-from {config.codebook_from}: no such folder")
-    return open_pictures(others), f"fitted to a sample of {config.codebook_from.name}"
+    splits = {picture.split for picture in pictures.pictures}
+    if "train" not in splits or len(splits) == 1:
+        return pictures, OF_ALL
+    train = [number for number, p in enumerate(pictures.pictures) if p.split == "train"]
+    return pictures.part(train), OF_TRAIN

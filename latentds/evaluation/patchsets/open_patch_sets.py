@@ -60,10 +60,13 @@ PATHOLOGY = ("sd15-path", "sd3-path", "dcae-f32-path")  # decoders trained anew,
 PREFIX = "latents:"  # of the name, before that of the same latents decoded
 
 
-def open_patches(config: PatchInput, autoencoder: Autoencoder | None = None) -> PatchSet:
+def open_patches(
+    config: PatchInput, autoencoder: Autoencoder | None = None, like: PatchSet | None = None
+) -> PatchSet:
     """The patches of originals, of originals through a codec, or of a data set.
 
     autoencoder  an object instead of the one that a codec names, or to decode latents with
+    like         patches whose codebook a codec takes instead of one of its own
     raises       InputError for an input that is neither, or options that do not belong to it;
                  FileNotFoundError, FormatError, ContractError, UnknownNameError,
                  WeightsError, MissingExtraError
@@ -73,7 +76,7 @@ def open_patches(config: PatchInput, autoencoder: Autoencoder | None = None) -> 
         return open_latents(config, shards, autoencoder, device)
     spec = find_codec(config)
     if isinstance(spec, LatentSpec):
-        return open_coded(config, spec, autoencoder, device)
+        return open_coded(config, spec, autoencoder, device, like)
     return open_originals(config, spec, device)
 
 
@@ -113,8 +116,11 @@ def refuse(config: PatchInput, names: tuple[str, ...], why: str) -> None:
 
 
 def open_originals(config: PatchInput, spec: PictureSpec | None, device: torch.device) -> PatchSet:
-    refused = ("decoder", "codebook", "codebook_from")
-    refuse(config, refused, f"for {config.codec}" if spec else "for originals as they are")
+    refuse(
+        config,
+        ("decoder", "codebook"),
+        f"for {config.codec}" if spec else "for originals as they are",
+    )
     if spec is not None and spec.at_equal_bytes:
         raise InputError(
             f"--codec {spec.name}: say at which quality or within how many bytes, for example "
@@ -136,7 +142,11 @@ def open_originals(config: PatchInput, spec: PictureSpec | None, device: torch.d
 
 
 def open_coded(
-    config: PatchInput, spec: LatentSpec, autoencoder: Autoencoder | None, device: torch.device
+    config: PatchInput,
+    spec: LatentSpec,
+    autoencoder: Autoencoder | None,
+    device: torch.device,
+    like: PatchSet | None,
 ) -> PatchSet:
     """Pictures through the codec of latents that the config names for them."""
     if spec.quantizer.refine:
@@ -145,13 +155,13 @@ def open_coded(
             "they are read; convert them with --refine and give the data set"
         )
     if not spec.quantizer.is_fitted:
-        refuse(config, ("codebook", "codebook_from"), f"for {config.codec}, which has none")
+        refuse(config, ("codebook",), f"for {config.codec}, which has none")
     network = autoencoder or load_autoencoder(spec.name)
     if config.decoder is not None:
         network = with_decoder(network, config.decoder)
     pictures = open_pictures(config)
-    stored = None
-    if spec.quantizer.is_fitted:
+    stored = like.codebook if like is not None else None
+    if stored is None and spec.quantizer.is_fitted:
         stored = find_codebook(config, network, spec.quantizer, pictures, device)
     codec = with_quantizer(
         network, spec.quantizer, patch_px=pictures.patch_px,
@@ -165,7 +175,7 @@ def open_coded(
     )  # fmt: skip
     dtype, compile = DTYPES[config.decode_dtype], config.decode_compile
     pixels = LatentRoundTrip(codec, device, dtype, compile=compile)
-    return PatchSet(pictures, pixels, facts, config.keep_mb)
+    return PatchSet(pictures, pixels, facts, config.keep_mb, codebook=stored)
 
 
 def with_decoder(network: Autoencoder, decoder: str) -> Autoencoder:
@@ -195,7 +205,7 @@ def open_latents(
 
 def stored_facts(config: PatchInput, shards: Shards) -> dict[str, Any]:
     """Facts of a data set's latents, decoded or not; InputError for options of other inputs."""
-    refuse(config, ("codec", "codebook", "codebook_from"), "for a data set, whose latents have one")
+    refuse(config, ("codec", "codebook"), "for a data set, whose latents have one")
     refuse(config, OF_ORIGINALS, "for a data set, whose patches are cut")
     contract = shards.shards.manifest.contract
     origin = {"origin": "stored with the latents", "codebook_id": contract.codebook.codebook_id}

@@ -132,8 +132,6 @@ class PatchSource:
     codebook: Path | None = None
     """Codebook file of 'latentds fit-codebook' for a codec such as dcae-f32+kmeans. By default a
     codebook is fitted to a sample of the patches."""
-    codebook_from: Path | None = None
-    """Folder of other pictures to fit that codebook to."""
     split: str | None = None
     """Take only the patches of this split."""
     groups: Path | None = None
@@ -177,8 +175,6 @@ class PatchInput(CutOptions, PatchSource):
             raise ValueError(f"keep_mb is {self.keep_mb}; 0 or more")
         if self.workers is not None and not 1 <= self.workers <= 256:
             raise ValueError(f"workers is {self.workers}, not between 1 and 256")
-        if self.codebook is not None and self.codebook_from is not None:
-            raise ValueError("codebook and codebook_from: give one of them")
 
     @property
     def location(self) -> str:

@@ -22,6 +22,7 @@ from latentds.evaluation.patchsets.patch_set import PatchTable, SourceFacts
 if TYPE_CHECKING:
     from latentds.evaluation.patchsets.latent_patches import Shards
     from latentds.evaluation.patchsets.picture_patches import Pictures
+    from latentds.quantizers.codebooks import StoredCodebook
 
 AHEAD = 2  # requests of a stream that are read while another is used
 Item = TypeVar("Item")
@@ -68,6 +69,7 @@ class PatchSet:
     facts      all but the bytes, where those have to be measured
     keep_mb    MB of pixels kept in memory
     measure    mean bytes of a patch of the whole input, asked for facts without
+    codebook   of the codec that originals go through
     """
 
     def __init__(
@@ -77,9 +79,10 @@ class PatchSet:
         facts: SourceFacts,
         keep_mb: int,
         measure: Callable[[], float | None] = lambda: None,
+        codebook: StoredCodebook | None = None,
     ) -> None:
         self.contents, self.developer, self.device = contents, developer, developer.device
-        self.described, self.measure = facts, measure
+        self.described, self.measure, self.codebook = facts, measure, codebook
         self.memory = Memory(keep_mb * 1_000_000)
         self.slide: str | None = None  # the one that all patches are of
 

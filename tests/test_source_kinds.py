@@ -440,3 +440,17 @@ def test_a_name_pattern_is_searched_in_the_paths_of_parquet(tmp_path):
         ("liver", "s1", 64, 0),
         ("colon", "s2", 0, 64),
     ]
+
+
+def test_known_places_are_read_where_a_pattern_names_the_slide_alone(tmp_path):
+    save_pictures(tmp_path / "in", 1)
+    (only,) = (tmp_path / "in").iterdir()
+    only.rename(tmp_path / "in/S01_x64_y128.png")
+    (found,) = listed(tmp_path / "in", name_pattern=r"(?P<slide>S\d+)_")[1].pictures
+    assert (found.slide, found.x, found.y) == ("S01", 64, 128)
+
+
+def test_no_label_of_a_pattern_is_taken_where_there_are_to_be_none(tmp_path):
+    save_pictures(tmp_path / "in", 1)
+    (found,) = listed(tmp_path / "in", name_pattern="(?P<label>p)", labels=False)[1].pictures
+    assert found.label is None

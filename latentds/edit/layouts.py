@@ -115,7 +115,7 @@ def list_latents(root: Path, options: ImportOptions) -> tuple[str, list[ForeignP
     if not patches:
         raise InputError(f"{root}: no latents of layout {layout!r} in it ({len(paths)} files)")
     if options.name_pattern:
-        find = name_fields(options.name_pattern)
+        find = name_fields(options.name_pattern, options.labels)
         patches = [dataclasses.replace(patch, **find(patch.source)) for patch in patches]
     return layout, [dataclasses.replace(p, mpp=p.mpp or options.mpp) for p in patches]
 

@@ -68,7 +68,7 @@ def patient_of(slide: str) -> str:
     return found[1] if found else slide
 
 
-def name_fields(pattern: str) -> Callable[[str], dict[str, Any]]:
+def name_fields(pattern: str, use_labels: bool = True) -> Callable[[str], dict[str, Any]]:
     """A function from a source path to the fields a `--name-pattern` finds in it.
 
     Groups may be called label, slide, x, y and mpp; a path that does not match is an InputError.
@@ -88,6 +88,8 @@ def name_fields(pattern: str) -> Callable[[str], dict[str, Any]]:
         if match is None:
             raise InputError(f"{source}: does not match --name-pattern {pattern!r}")
         found = {name: value for name, value in match.groupdict().items() if value is not None}
+        if not use_labels:
+            found.pop("label", None)
         return found | numbers_of(source, found)
 
     return fields
@@ -208,7 +210,7 @@ def note_columns(names: Iterable[str]) -> tuple[str, ...]:
     return (f"columns not used: {', '.join(left[:MOST])}{more}",) if left else ()
 
 
-def facts_of(row: Mapping[str, str], where: str, use_labels: bool) -> dict[str, Any]:
+def facts_of(row: Mapping[str, str], where: str, use_labels: bool = True) -> dict[str, Any]:
     """A row's cells as fields of a Picture, empty ones left out; InputError for bad numbers."""
     found: dict[str, Any] = {name: value for name, value in row.items() if value}
     if not use_labels:

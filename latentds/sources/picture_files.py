@@ -91,16 +91,16 @@ class PictureFiles(Source):
         return self.named(found)
 
     def named(self, found: Listing) -> Listing:
-        """Pictures with what their sources tell: by --name-pattern, else by known rules.
+        """Pictures with what their sources tell: by --name-pattern, and by known rules.
 
         Known rules tell only what nothing else does.
         """
-        if self.options.name_pattern:
-            fields = name_fields(self.options.name_pattern)
-            named = tuple(dataclasses.replace(p, **fields(p.source)) for p in found.pictures)
-            return dataclasses.replace(found, pictures=named)
-        named = tuple(map(with_path_fields, found.pictures))
-        told = note_numbers(p.source for p in named if p.x is None)
+        pictures, options = found.pictures, self.options
+        if options.name_pattern:
+            fields = name_fields(options.name_pattern, options.labels)
+            pictures = tuple(dataclasses.replace(p, **fields(p.source)) for p in pictures)
+        named = tuple(map(with_path_fields, pictures))
+        told = note_numbers(p.source for p in named if p.x is None and not options.name_pattern)
         return dataclasses.replace(found, pictures=named, notes=(*found.notes, *told))
 
     def header(self, picture: Picture) -> Header:

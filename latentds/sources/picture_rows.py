@@ -61,14 +61,12 @@ class PictureParquet(PicturesInFiles):
         return Listing(tuple(pictures), notes=notes, classes=self.class_order())
 
     def path_fields(self, row: Mapping[str, Any], source: str) -> dict[str, Any]:
-        """What a picture's own path tells, else its source: by --name-pattern, or known rules."""
+        """What a picture's own path tells, else its source: by --name-pattern, and known rules."""
         column = next((name for name in PATHS if name in row), None)
         path = row[column] if column and isinstance(row[column], str) else source
         pattern = self.options.name_pattern
-        found = name_fields(pattern)(path) if pattern else path_fields(path)
-        if not self.options.labels:
-            found.pop("label", None)
-        return found
+        own = name_fields(pattern, self.options.labels)(path) if pattern else {}
+        return path_fields(path) | own
 
     def class_order(self) -> tuple[str, ...]:
         """Names of the classes by number where all files have the same, else none."""

@@ -454,3 +454,11 @@ def test_no_label_of_a_pattern_is_taken_where_there_are_to_be_none(tmp_path):
     save_pictures(tmp_path / "in", 1)
     (found,) = listed(tmp_path / "in", name_pattern="(?P<label>p)", labels=False)[1].pictures
     assert found.label is None
+
+
+def test_unread_numbers_are_told_where_some_names_have_them(tmp_path):
+    save_pictures(tmp_path / "in", 3)
+    first, *_ = sorted((tmp_path / "in").iterdir())
+    first.rename(tmp_path / "in/s_12_7.png")
+    (note,) = listed(tmp_path / "in")[1].notes
+    assert note.startswith("1 of 3 names end in #_#, which is not read")

@@ -336,12 +336,15 @@ def path_fields(path: str) -> dict[str, Any]:
 
 
 def note_numbers(paths: Iterable[str]) -> tuple[str, ...]:
-    """That the numbers in which all these names end are not read, for people; else nothing."""
-    ends = (NUMBERS.search(PurePosixPath(path).stem) for path in paths)
-    forms = {re.sub(NUMBER, "#", end[0]) if end else "" for end in ends}
-    if len(forms) != 1 or forms == {""}:
+    """That numbers in which names end are not read, in their commonest form; else nothing."""
+    ends = [NUMBERS.search(PurePosixPath(path).stem) for path in paths]
+    forms = Counter(re.sub(NUMBER, "#", end[0]) for end in ends if end)
+    if not forms:
         return ()
-    return (f"names end in {forms.pop()}, which is not read; --name-pattern reads places, slides",)
+    ((form, count),) = forms.most_common(1)
+    share = "" if count == len(ends) else f"{count:,} of {len(ends):,} "
+    what = f"{share}names end in {form}, which is not read"
+    return (f"{what}; --name-pattern reads places, slides",)
 
 
 def check_class_names(labels: Iterable[str | None], where: object) -> tuple[str, ...]:

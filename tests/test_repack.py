@@ -315,3 +315,10 @@ def test_of_a_shards_packs_one_is_held_at_a_time(room, sizes):
     found = list(runs)
     assert [sum(size for size, _ in run) for run in found] == sizes
     assert [count for run in found for _, count in run] == list(range(1, 9))
+
+
+def test_labels_of_a_table_of_splits_are_told_as_not_used(tmp_path):
+    (tmp_path / "s.csv").write_text("slide,split,label\na,train,x\n")
+    found = read_slide_table(tmp_path / "s.csv", use_labels=False)
+    assert found.facts == {"a": {"split": "train"}}
+    assert found.notes == ("s.csv: columns not used: label",)

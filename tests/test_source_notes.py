@@ -320,3 +320,27 @@ def test_a_class_called_na_is_told(tmp_path):
     found = listed(picture_table(tmp_path / "in", "label", ["a", "NA", "NA"]))
     assert [p.label for p in found.pictures] == ["a", "NA", "NA"]
     assert found.notes[0].startswith("label 'NA' (2) is taken for a class; where it means none")
+
+
+def test_labels_of_a_table_of_slides_are_taken_where_folders_are_no_labels(tmp_path):
+    for slide in ("s1", "s2"):
+        save_pictures(tmp_path / "in" / slide, 1)
+    (tmp_path / "s.csv").write_text("slide,label\ns1,pos\ns2,neg\n")
+    found, _ = labels_of(tmp_path / "in", labels=False, slide_table=tmp_path / "s.csv")
+    assert sorted(found.values()) == [("train", "neg"), ("train", "pos")]
+
+
+def test_a_table_with_gaps_is_told_to_lose_its_labels_where_there_are_no_others(tmp_path):
+    for slide in ("s1", "s2"):
+        save_pictures(tmp_path / "in" / slide, 1)
+    (tmp_path / "s.csv").write_text("slide,label\ns1,pos\n")
+    config = ConvertConfig(
+        source=tmp_path / "in", out=tmp_path / "o", labels=False, slide_table=tmp_path / "s.csv"
+    )
+    with pytest.raises(InputError, match=r"1 of 2 pictures.*take all labels out of \S+s\.csv"):
+        make_plan(config)
+
+
+def test_a_split_of_which_some_have_labels_is_not_said_to_have_none(tmp_path):
+    found, notes = labels_of(tar_with_a_gap(tmp_path / "in"))
+    assert len(found) == 3 and "has no labels" not in notes

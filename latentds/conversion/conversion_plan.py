@@ -215,14 +215,15 @@ def check_budget(config: ConvertConfig, bad: Collection[LeftOut]) -> None:
 def check_labels(plan: Plan, config: ConvertConfig) -> None:
     """Refuse labels or slides that only some pictures of a split have."""
     unlabelled = half_labelled(plan.pictures)
-    if config.labels and unlabelled:
+    if unlabelled:
         table = config.slide_table or config.splits
         way = f"give them one {plan.source.labels_lie}{f' or in {table}' if table else ''}"
         if "(?P<label>" in (config.name_pattern or ""):
             way = "mend --name-pattern"
+        other = "pass --no-labels" if config.labels else f"take all labels out of {table}"
         raise InputError(
             f"{len(unlabelled)} of {len(plan.pictures)} pictures have no label, though others of "
-            f"their split have (first: {unlabelled[0]}); {way}, or pass --no-labels"
+            f"their split have (first: {unlabelled[0]}); {way}, or {other}"
         )
     if config.pack_by_slide:
         bare = [p.source for p in plan.pictures if p.slide is None]

@@ -97,7 +97,8 @@ class SourceOptions(CutOptions):
     source: Path
     """The input."""
     labels: bool = True
-    """Take class folders as labels."""
+    """Take the labels of class folders, records and tables of pictures. Labels in --splits and
+    --slide-table are taken in any case."""
     split_folders: bool = True
     """Take top folders named train, val, valid, validation and test as splits."""
     masks: Path | None = None

@@ -72,15 +72,14 @@ def list_source(source: Source, options: SourceOptions) -> Listing:
         pictures = choose(pictures, options)
     path, notes = options.splits or options.slide_table, source.notes + listing.notes
     if path is not None:
-        table = read_slide_table(path, options.labels)
+        table = read_slide_table(path)
         pictures, told = apply_slide_table(pictures, table, options.splits is not None)
         notes += told
     if options.split_patients is not None:
         pictures, told = deal_patients(pictures, options)
         notes += told
-    if options.labels:
-        notes += unlabelled(pictures)
-        notes += check_class_names((p.label for p in pictures), options.source)
+    notes += unlabelled(pictures)
+    notes += check_class_names((p.label for p in pictures), options.source)
     notes += patients_apart(pictures)
     for picture in pictures:
         if not SPLIT_PATTERN.fullmatch(picture.split):
@@ -114,9 +113,8 @@ def names_of(pictures: Sequence[Picture], options: SourceOptions) -> dict[str, P
 
 def unlabelled(pictures: Sequence[Picture]) -> tuple[str, ...]:
     """The splits without labels beside splits with some, for people."""
-    bare = Counter(p.split for p in pictures if p.label is None)
-    if sum(bare.values()) == len(pictures):
-        return ()
+    labelled = {p.split for p in pictures if p.label is not None}
+    bare = Counter(p.split for p in pictures if labelled and p.split not in labelled)
     return tuple(f"split {split} has no labels ({count:,})" for split, count in bare.items())
 
 

@@ -175,13 +175,14 @@ def read_slide_table(path: Path, use_labels: bool = True) -> SlideTable:
             f"{path}: needs a column slide or patient, and of split, label, mpp, patient what it "
             f"is to set; it has {', '.join(table.columns)[:200]}"
         )
-    wanted = [name for name in FACTS if name in columns and name != by]
+    taken = [name for name in FACTS if use_labels or name != "label"]
+    wanted = [name for name in taken if name in columns and name != by]
     facts: dict[str, Facts] = {}
     for line, row in zip(table.lines, table.rows, strict=True):
         name, where = row[columns[by]].strip(), f"{path}, line {line}"
         if not name:
             raise InputError(f"{where}: no {by}; fill it, or take the line out")
-        own = facts_of({f: row[columns[f]].strip() for f in wanted}, where, use_labels)
+        own = facts_of({f: row[columns[f]].strip() for f in wanted}, where)
         if facts.setdefault(name, own) != own:
             raise InputError(f"{where}: {name} is there twice, in different ways")
     used = [columns[name] for name in (by, *wanted)]

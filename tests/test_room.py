@@ -11,6 +11,7 @@ from latentds.errors import InputError
 from latentds.hub.card import Publication
 from latentds.hub.fetching import HUB_NOTES, fetch
 from latentds.hub.set_upload import publish
+from latentds.store.format import MANIFEST
 from latentds.store.manifest import read_manifest
 from tests.conftest import convert_with_mean, save_pictures
 
@@ -70,3 +71,31 @@ def test_what_is_there_of_a_fetched_set_needs_no_room(folder, tmp_path, hub, lea
     assert fetch(NAME, tmp_path / "back").manifest.patches == 9
     assert fetch(NAME, tmp_path / "back").new == 0
     assert read_manifest(tmp_path / "back").patches == 9
+
+
+def merged_over(folder, out):
+    return merge([folder, folder.parent / "b"], out, overwrite=True)
+
+
+def repacked_over(folder, out):
+    return repack(folder, out, overwrite=True)
+
+
+@pytest.mark.parametrize("work", [merged_over, repacked_over])
+def test_a_set_is_not_overwritten_by_one_that_does_not_fit(folder, tmp_path, leave, work):
+    save_pictures(tmp_path / "more" / "stroma", 9, 50)
+    convert_with_mean(tmp_path / "more", tmp_path / "b", fit_patches=8)
+    shard = tmp_path / "out" / "data" / "train-000000.tar"
+    for path in (shard, tmp_path / "out" / MANIFEST):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"old")
+    leave(100)
+    with pytest.raises(InputError, match=FULL):
+        work(folder, tmp_path / "out")
+    assert shard.read_bytes() == b"old"
+
+
+def test_a_set_takes_the_room_of_the_one_that_it_overwrites(folder, tmp_path, leave):
+    repack(folder, tmp_path / "out")
+    leave(100)
+    assert repacked_over(folder, tmp_path / "out").patches == 9

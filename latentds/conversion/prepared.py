@@ -17,7 +17,7 @@ from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard
 from latentds.conversion.conversion_plan import Plan, check_budget, input_stamp, plan_shards
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.shard_writing import Conversion, Encoder, PlanReader, device_model
-from latentds.conversion.workdir import WorkFolder, by_region
+from latentds.conversion.workdir import WorkFolder, by_region, stored_bytes
 from latentds.core.display import progress
 from latentds.core.processes import choose_device
 from latentds.core.storage import check_room
@@ -82,8 +82,8 @@ def prepare(
     made = describe(config, plan, encoder, stored)
     settled = {"encode_batch": encoder.batch, "contract": contract.to_json(), "made": made}
     work.write_plan(asked | settled, config.overwrite)
-    there = sum(path.stat().st_size for path in (config.out / "data").glob("*"))  # of a killed run
-    check_room(config.out, len(plan.regions) * contract.bytes_per_patch - there)
+    wanted = len(plan.regions) * contract.bytes_per_patch
+    check_room(config.out, wanted - stored_bytes(config.out))  # of a killed run
     return Conversion(
         config=config,
         plan=plan,

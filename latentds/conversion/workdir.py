@@ -263,6 +263,11 @@ def prepare_output(config: ConvertConfig) -> Iterator[WorkFolder]:
             raise
 
 
+def stored_bytes(out: Path) -> int:
+    """Bytes of the shards in a folder, whole or begun: a set that takes their place needs less."""
+    return sum(path.stat().st_size for path in (out / "data").glob("*"))
+
+
 def remove_data_set(out: Path) -> None:
     """Delete what a conversion makes, and nothing else; the lock stays."""
     (out / MANIFEST).unlink(missing_ok=True)  # first: what is left is then visibly incomplete

@@ -13,9 +13,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from latentds.conversion.workdir import stored_bytes
 from latentds.core.display import progress
 from latentds.core.storage import READ_BYTES, check_room, naming, sha256_file, write_atomically
-from latentds.edit.outputs import local_folder, new_data_set
+from latentds.edit.outputs import check_new, local_folder, new_data_set
 from latentds.errors import FormatError, InputError
 from latentds.loading.fields_of_view import warn_of_fields
 from latentds.loading.options import check_mixable, warn_of_alike
@@ -49,9 +50,11 @@ def merge(
     sets = [ShardSet(path) for path in paths]
     check_mixable(sets)
     warn_of_fields(sets)
+    check_new(out, overwrite, paths)
+    wanted = sum(shard.bytes for shards in sets for shard in shards.manifest.shards)
+    check_room(out, wanted - stored_bytes(out))
+    check_distinct(sets)
     with new_data_set(out, overwrite, paths):
-        check_room(out, sum(shard.bytes for shards in sets for shard in shards.manifest.shards))
-        check_distinct(sets)
         classes = joined_names([shards.manifest.classes for shards in sets])
         if alike := alike_names(classes):
             warn_of_alike(sets, alike)

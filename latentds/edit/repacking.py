@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from latentds.conversion.workdir import stored_bytes
 from latentds.core.display import progress
 from latentds.core.storage import check_room, write_atomically
 from latentds.edit.outputs import check_new, local_folder, new_data_set
@@ -95,18 +96,18 @@ def repack(
     kept = remaining_rows(shards, options.exclude_slides)
     divided = divide(shards, kept, options)  # before a codebook is fitted
     recoder = Recoder(shards, options.recoding, options.seed) if options.recoding else None
+    contracts = [
+        dataclasses.replace(manifest.contract, codebook=book) for book in manifest.codebooks
+    ]
+    if recoder:
+        contracts = [recoder.contract] * len(contracts)
+    check_room(out, len(kept) * contracts[0].bytes_per_patch - stored_bytes(out))
     with new_data_set(out, overwrite, [source]):
         columns = read_columns(shards)
         stretches = [
             Stretch(stretch.split, stretch.book, arrange(shards, columns, stretch.rows, options))
             for stretch in divided
         ]
-        contracts = [
-            dataclasses.replace(manifest.contract, codebook=book) for book in manifest.codebooks
-        ]
-        if recoder:
-            contracts = [recoder.contract] * len(contracts)
-        check_room(out, len(kept) * contracts[0].bytes_per_patch)
         composer = Composer(out, contracts[0], manifest.classes)  # a head knows their numbers
         with progress(total=len(kept), desc="patches", unit="patch") as bar:
             for stretch in stretches:

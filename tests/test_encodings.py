@@ -1,6 +1,5 @@
 """Every consumer of a data set, with codes of each encoding: the same patches come out."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from latentds.edit.importing import import_latents
 from latentds.edit.layouts import ImportOptions
 from latentds.edit.merging import merge
 from latentds.edit.repacking import Repacking, repack
-from latentds.errors import ContractError, FormatError, InputError
+from latentds.errors import ContractError, FormatError
 from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
@@ -266,22 +265,6 @@ def test_exported_codes_are_imported_again(sets, tmp_path):
         latents_of(f).flatten(1).sum(1).sort()[0] for f in (sets[0], tmp_path / "back")
     )
     assert torch.equal(before, after)
-
-
-def test_integers_of_records_are_exported_with_their_steps(sets, encoding, tmp_path):
-    if encoding != "rans":
-        with pytest.raises(InputError, match=r"'u8-sum', integers are of records"):
-            export_npy(sets[0], tmp_path / "files", integers=True)
-        return
-    export_npy(sets[0], tmp_path / "files", "train", integers=True)
-    with (tmp_path / "files" / "table.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    array = LatentArray(sets[0], "train", decode="codes")
-    assert len(lines) == 10
-    for place, line in enumerate(lines):
-        values = np.load(tmp_path / "files" / line["path"])
-        assert values.dtype == np.int16 and np.array_equal(values, array[place].numpy())
-        assert np.float32(line["step"]) == array.steps[place].numpy()
 
 
 def test_the_cards_lines_give_the_latents(sets, encoding):

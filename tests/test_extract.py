@@ -346,4 +346,4 @@ def test_commands_tell_counts(tmp_path, pictures, capsys):
     code, out, _ = call(capsys, *words)
     assert code == 0 and "33 patches" in out
     code, _, err = call(capsys, *words, "--latents", "--overwrite")
-    assert code == 1 and "--latents and --integers are for --to npy" in err
+    assert code == 1 and "--latents is for --to npy" in err

@@ -25,9 +25,6 @@ class Config:
     """Format to write."""
     latents: bool = False
     """For npy: write float32 latents instead of codes."""
-    integers: bool = False
-    """For npy, of entropy-coded records: write the int16 integers (C, h, w) that the records hold.
-    table.csv then has the step that the integers count."""
     split: str | None = None
     """Split to write. By default all splits."""
     overwrite: bool = False
@@ -40,15 +37,13 @@ def run(config: Config) -> None:
     from latentds.edit import exporting
     from latentds.errors import InputError
 
-    if (config.latents or config.integers) and config.to != "npy":
-        raise InputError(f"--latents and --integers are for --to npy; {config.to} holds codes")
-    if config.latents and config.integers:
-        raise InputError("--latents and --integers are two things to write; pass one of them")
+    if config.latents and config.to != "npy":
+        raise InputError(f"--latents is for --to npy; {config.to} holds codes")
     where = (config.folder, config.out, config.split)
     if config.to == "parquet":
         count = exporting.export_parquet(*where, overwrite=config.overwrite)
     else:
-        given = picked(config, "latents", "integers", "overwrite")
+        given = picked(config, "latents", "overwrite")
         count = exporting.export_npy(*where, **given)
     summary = {"out": str(config.out), "patches": count}
     show(summary, config.json, lambda _: f"{config.out}: {count:,} patches")

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ import torch
 from latentds.core.display import csv_cell, progress, shortest, visible
 from latentds.core.storage import canonical_json, write_atomically
 from latentds.edit.outputs import new_folder
-from latentds.errors import InputError
-from latentds.loading.decoding import make_integers
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import dequantize_each
 from latentds.store.format import FORMAT, NO_LABEL
@@ -147,63 +145,37 @@ def export_npy(
     split: str | None = None,
     latents: bool = False,
     overwrite: bool = False,
-    integers: bool = False,
 ) -> int:
     """Write `OUT/SPLIT/LABEL/SLIDE/KEY.npy`, a patch a file, and `table.csv` with their columns.
 
-    latents   float32 (C, h, w) that the codebook gives instead of uint8 codes; codes come
-              with their codebooks as `codebook-ID.safetensors`
-    integers  int16 (C, h, w) that entropy-coded records hold, with the step each patch's count in
-              as a further column: latents are integers * (step / gains of the codebook)
-    returns   patches written
-    raises    InputError for integers of a set whose codes are no records
+    latents  float32 (C, h, w) that the codebook gives instead of uint8 codes; codes come
+             with their codebooks as `codebook-ID.safetensors`
+    returns  patches written
     """
     shards = ShardSet(folder)
     splits = [split] if split else sorted(shards.manifest.splits)
-    count, values_of = 0, values_reader(shards, latents, integers)
+    count = 0
     with new_folder(Path(out), overwrite, sources_of(folder)) as target:
         write_contract(shards, target)
         if not latents:
             save_codebooks(shards, target)
         with (target / TABLE).open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
-            table.writerow((*FIELDS, "step") if integers else FIELDS)
+            table.writerow(FIELDS)
             chosen = {name: range(*shards.patch_range(name)) for name in splits}
             for name, rows in blocks(chosen, BLOCK_PATCHES, desc="patches", unit="patch"):
-                known = read_rows(shards, name, rows)
-                for row, value, more in zip(known, *values_of(rows), strict=True):
+                values = shards.read_codes(rows)
+                if latents:
+                    numbers, books = shards.codebook_numbers(rows), shards.manifest.codebooks
+                    values = dequantize_each(torch.from_numpy(values), numbers, books).numpy()
+                for row, value in zip(read_rows(shards, name, rows), values, strict=True):
                     within = patch_path(row["label"], row["slide"], row["key"], ".npy")
                     path = f"{name}/{within}"
                     (target / path).parent.mkdir(parents=True, exist_ok=True)
                     np.save(target / path, value)
-                    table.writerow(map(csv_cell, [*table_line(path, row, FIELDS), *more]))
+                    table.writerow(map(csv_cell, table_line(path, row, FIELDS)))
                 count += len(rows)
     return count
-
-
-def values_reader(
-    shards: ShardSet, latents: bool, integers: bool
-) -> Callable[[np.ndarray], tuple[np.ndarray, list[list[float]]]]:
-    """A function that gives rows' values to be written, and what further columns say of each."""
-    books = shards.manifest.codebooks
-    records = make_integers(books) if integers else None
-    if integers and records is None:
-        raise InputError(
-            f"{shards.folder}: codes are encoded as {books[0].encoding!r}, integers are of records "
-            "('rans'); leave --integers: these codes are what is stored"
-        )
-
-    def read(rows: np.ndarray) -> tuple[np.ndarray, list[list[float]]]:
-        stored, numbers = shards.read_codes(rows), shards.codebook_numbers(rows)
-        if latents:
-            found = dequantize_each(torch.from_numpy(stored), numbers, books)
-            return found.numpy(), [[]] * len(rows)
-        if records is None:
-            return stored, [[]] * len(rows)
-        given = torch.from_numpy(stored), torch.from_numpy(numbers)
-        return records(*given).numpy(), [[shortest(s)] for s in records.steps(*given).numpy()]
-
-    return read
 
 
 def save_codebooks(shards: ShardSet, target: Path) -> None:

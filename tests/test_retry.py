@@ -77,6 +77,32 @@ def test_what_is_still_broken_leaves_the_set_as_it_was(config):
     assert codes_by_source(config.out) == before
 
 
+def test_what_can_still_not_be_decoded_leaves_the_set_as_it_was(config):
+    before = codes_by_source(config.out)
+    for name in ("p003.png", "p007.png"):
+        whole = (config.source / "a/s1/p000.png").read_bytes()
+        (config.source / "a/s1" / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"none of 2 pictures can be read \(first: a/s1/p003\.png"):
+        retry(config, run)
+    assert codes_by_source(config.out) == before
+    assert sorted(path.name for path in config.out.parent.iterdir()) == ["in", "out"]
+
+
+def test_a_retry_that_was_killed_does_not_hinder_one_of_other_files(config):
+    repair(config, "p003.png")
+
+    class Killed(MeanAutoencoder):
+        def encode(self, images):
+            if images.any():  # black ones come first, to choose a batch
+                raise KeyboardInterrupt
+            return super().encode(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        retry(config, lambda rest, book: convert(rest, Killed(), codebook=book))
+    repair(config, "p007.png")
+    assert retry(config, run).made["left_out"] == []
+
+
 def test_a_source_that_is_gone_stays_on_record_as_left_out(config):
     (config.source / "a" / "s1" / "p007.png").unlink()
     repair(config, "p003.png")

@@ -193,8 +193,17 @@ def read_headers(
     check_budget(config, bad)
     good = [(p, outcome) for p, outcome in pairs if isinstance(outcome, Header)]
     if not good:
-        raise InputError(f"{config.source}: none of {len(pictures)} pictures can be read")
+        raise none_readable(config, bad)
     return tuple(p for p, _ in good), tuple(h for _, h in good), bad
+
+
+def none_readable(config: ConvertConfig, bad: Collection[LeftOut]) -> InputError:
+    """The error of an input of which all is left out."""
+    first, count = min(bad, key=lambda record: record.region), len({one.source for one in bad})
+    return InputError(
+        f"{config.source}: none of {count:,} pictures can be read (first: {first.source}: "
+        f"{first.detail})"
+    )
 
 
 def check_budget(config: ConvertConfig, bad: Collection[LeftOut]) -> None:

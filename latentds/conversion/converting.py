@@ -17,11 +17,18 @@ import torch
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.conversion.conversion_plan import Plan, input_files, input_stamp, make_plan
+from latentds.conversion.conversion_plan import (
+    Plan,
+    input_files,
+    input_stamp,
+    make_plan,
+    none_readable,
+)
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.prepared import given_codebook, input_identity, prepare
 from latentds.conversion.shard_writing import Conversion, PlanReader, WriteShards, write_shards
 from latentds.conversion.workdir import (
+    LeftOut,
     Region,
     WorkFolder,
     check_output,
@@ -248,9 +255,13 @@ def usable_regions(plan: Plan, bad: Collection[Region]) -> np.ndarray:
     return np.flatnonzero(usable)
 
 
-def check_complete(conversion: Conversion, manifest: Manifest, bad: Collection[Region]) -> None:
+def check_complete(
+    conversion: Conversion, manifest: Manifest, bad: Mapping[Region, LeftOut]
+) -> None:
     """Refuse to call a data set finished that does not hold every patch that could be read."""
     expected = len(usable_regions(conversion.plan, bad))
+    if expected == 0:
+        raise none_readable(conversion.config, bad.values())
     if manifest.patches != expected:
         raise FormatError(
             f"{conversion.config.out}: {manifest.patches} patches stored, {expected} were planned; "

@@ -60,7 +60,15 @@ def retry(
         max_bad=max(config.max_bad, len(wanted)),  # they were let go once: some may be again
         overwrite=(part / MANIFEST).is_file(),  # of a run that was killed later
     )
-    added = convert(rest, stored)
+    was_there = part.exists()
+    try:
+        added = convert(rest, stored)
+    except InputError:
+        shutil.rmtree(part, ignore_errors=True)
+        if not was_there:
+            shutil.rmtree(helper)
+            raise
+        added = convert(rest, stored)  # what a killed run left was of other files
     made = made_after(manifest, added, wanted)
     merged = merge([out, part], new, overwrite=True, made=made)
     out.rename(old)

@@ -274,7 +274,7 @@ def run(name: str, words: list[str]) -> int:
             f"{where}{error.strerror or error}. Nothing finished is lost; mend it and run again"
         )
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        say("interrupted; nothing finished is lost: run the same command again", file=sys.stderr)
         return 130
 
 

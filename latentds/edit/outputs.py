@@ -42,7 +42,7 @@ def new_data_set(out: Path, overwrite: bool, sources: Sequence[Path] = ()) -> It
             remove_data_set(out)
         try:
             yield
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             remove_data_set(out)
             (out / "README.md").unlink(missing_ok=True)
             raise
@@ -74,7 +74,7 @@ def new_folder(out: Path, overwrite: bool, sources: Sequence[Path] = ()) -> Iter
             if out.is_dir():
                 shutil.rmtree(out)
             partial.replace(out)
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:

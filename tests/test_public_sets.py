@@ -554,3 +554,27 @@ def test_a_split_that_no_patient_came_into_is_told(tmp_path):
         note.startswith("no patient came into 'test': 3 are few for such a share")
         for note in found.notes
     )
+
+
+@pytest.mark.parametrize(
+    ("array", "told"),
+    [
+        (np.zeros((2, 3, 8, 8), np.uint8), r"uint8 \(2, 3, 8, 8\)"),
+        (np.zeros((2, 8, 8, 3), np.float32), r"float32 \(2, 8, 8, 3\)"),
+    ],
+)
+def test_a_file_without_an_array_of_patches_tells_what_it_has(tmp_path, array, told):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"] = array
+    with pytest.raises(
+        InputError, match=rf"a\.h5: no array of patches.*called x.*it has 'x {told}'"
+    ):
+        listed(tmp_path / "a.h5")
+
+
+def test_a_broken_file_of_arrays_is_said_to_be_unreadable(tmp_path):
+    pytest.importorskip("h5py")
+    (tmp_path / "a.h5").write_bytes(b"none")
+    with pytest.raises(InputError, match=r"a\.h5: is no readable h5 file"):
+        listed(tmp_path / "a.h5")

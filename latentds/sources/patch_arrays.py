@@ -72,6 +72,8 @@ class PatchArrays(PicturesInFiles):
         root = found.root.parent if found.is_file else found.root
         arrays = [path for path in files if shape_in(root / path) is not None]
         if not arrays:
+            if found.is_file:
+                raise no_array(found.root)
             return None
         source = cls(found.options, arrays)
         source.notes = note_others(paths, arrays) if found.is_folder else ()
@@ -213,6 +215,21 @@ def shape_in(path: Path) -> Shape | None:
     return None
 
 
+def no_array(path: Path) -> InputError:
+    """The error of a file without an array of patches, with what it has at its top."""
+    try:
+        with open_h5(path) as file:
+            found = ((name, own_dataset(file, name)) for name in file)
+            there = [f"{name} {array.dtype} {array.shape}" for name, array in found
+                     if array is not None]  # fmt: skip
+    except UnusableError as error:
+        return InputError(f"{path}: {error}; fetch it anew")
+    return InputError(
+        f"{path}: no array of patches, uint8 (N, H, W, 3), called {', '.join(ARRAYS)}; it has "
+        f"{some(there) or 'no array'}; rename or convert one"
+    )
+
+
 def block_rows(array: Any) -> int:
     """Rows that are read at once: whole chunks of the file, at most BLOCK_BYTES where that fits."""
     chunk = array.chunks[0] if array.chunks else 1
@@ -258,9 +275,10 @@ def read_integers(path: Path, name: str, rows: int, width: int) -> np.ndarray | 
             return None
         is_fit = found.dtype.kind in "iub" and found.size == rows * width and len(found) == rows
         if not is_fit:
+            other = "" if name == PLACES else ", or pass --no-labels"
             raise InputError(
                 f"{path}: {name!r} is {found.dtype} {found.shape}, not whole numbers for {rows:,} "
-                "patches; mend it, or pass --no-labels"
+                f"patches; mend it{other}"
             )
         values: np.ndarray = found[:].astype(np.int64).reshape(rows, width)
     return values

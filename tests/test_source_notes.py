@@ -344,3 +344,8 @@ def test_a_table_with_gaps_is_told_to_lose_its_labels_where_there_are_no_others(
 def test_a_split_of_which_some_have_labels_is_not_said_to_have_none(tmp_path):
     found, notes = labels_of(tar_with_a_gap(tmp_path / "in"))
     assert len(found) == 3 and "has no labels" not in notes
+
+
+def test_members_of_tars_that_nobody_reads_are_told(tmp_path):
+    write_samples(tmp_path / "a.tar", {"0": {"png": encoded(0), "txt": "tumour"}})
+    assert labels_of(tmp_path / "a.tar")[1] == "columns not used: .txt"

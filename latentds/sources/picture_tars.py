@@ -128,7 +128,11 @@ class PictureTars(PicturesInFiles):
         suffixes = picture_suffixes()
         names = [name for name in members if PurePosixPath(name).suffix.lower() in suffixes]
         kinds = suffixes | set(SIDECARS)
-        self.ignored += sum(PurePosixPath(name).suffix.lower() not in kinds for name in members)
+        others = [
+            end for name in members if (end := PurePosixPath(name).suffix.lower()) not in kinds
+        ]
+        self.ignored += len(others)
+        self.unused.update(filter(None, others))
         records = self.records(archive, members, names)
         for name in names:
             yield Picture(f"{archive}/{name}", split, **records[name], span=members[name].span)

@@ -25,6 +25,7 @@ import bisect
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal, get_args
 
 COMPARED, LISTED = 1000, 40  # names of an unknown one's neighbourhood; a set has millions of keys
@@ -130,7 +131,16 @@ def no_folder(path: object) -> FileNotFoundError:
             "; loaders read locations, this reads folders: 'latentds fetch ORG/NAME --out DIR' "
             "makes one of a set on the Hub"
         )
+    if Path(str(path)).is_file():
+        return FileNotFoundError(f"{path}: is a file; name a folder")
     return FileNotFoundError(f"{path}: no such folder{hint}")
+
+
+def unopened(path: object, error: OSError) -> FormatError:
+    """The error of a data set's file that cannot be opened; the right to read is no loss."""
+    is_there = isinstance(error, PermissionError)
+    remedy = "ask who owns it for the right to read it" if is_there else "fetch it anew"
+    return FormatError(f"{path}: {error.strerror or error}; {remedy}")
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:

@@ -9,7 +9,7 @@ import pickle
 import numpy as np
 import pytest
 
-from latentds.errors import FormatError, UnknownNameError
+from latentds.errors import FormatError, UnknownNameError, unopened
 from latentds.loading.loader import LatentLoader
 from latentds.store.format import MANIFEST, PACKS_TABLE, PATCHES_TABLE
 from latentds.store.packs import member_bytes, scan_shard
@@ -241,3 +241,29 @@ def test_labels_and_slides_the_manifest_does_not_list_are_refused(dataset, field
     edit_table(dataset, PATCHES_TABLE, lambda table: table[field].__setitem__(3, value))
     with pytest.raises(FormatError, match=f"{field} .*the manifest lists 2"):
         list(LatentDataset(dataset, batch_size=50))
+
+
+def test_a_file_in_place_of_a_folder_is_said_to_be_one(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"a\.tar: is a file; name a folder"):
+        ShardSet(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (PermissionError(13, "Permission denied"), "Permission denied; ask who owns it"),
+        (FileNotFoundError(2, "No such file or directory"), "directory; fetch it anew"),
+    ],
+)
+def test_only_what_is_lost_is_to_be_fetched_anew(error, remedy):
+    assert str(unopened("data/a.tar", error)).startswith(f"data/a.tar: {error.strerror}; ")
+    assert remedy in str(unopened("data/a.tar", error))
+
+
+def test_a_table_that_is_missing_is_not_said_to_be_no_table(dataset):
+    (dataset / PATCHES_TABLE).unlink()
+    with pytest.raises(
+        FormatError, match=r"patches\.npy: No such file or directory; fetch it anew"
+    ):
+        ShardSet(dataset)

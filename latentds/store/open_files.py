@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from latentds.core.storage import check_kind, open_regular
-from latentds.errors import FormatError, first_words
+from latentds.errors import FormatError, first_words, unopened
 from latentds.store.format import MAX_BLOCK_ROWS, NPY_ERRORS, SHA256_BYTES, TABLE_HEAD_BYTES, Spans
 
 Tasks = list[Future[None]]
@@ -43,7 +43,7 @@ class OpenFile:
             self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             check_kind(os.fstat(self.fd).st_mode, str(path))
         except OSError as error:
-            raise FormatError(f"{path}: {error.strerror}; fetch it anew") from error
+            raise unopened(path, error) from error
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self.fd >= 0:
@@ -370,7 +370,9 @@ def check_head(path: Path, dtype: np.dtype[Any], rows: int) -> int:
         if np.lib.format.read_magic(head) != (1, 0):
             raise ValueError("npy version is not 1.0")
         shape, fortran, found = np.lib.format.read_array_header_1_0(head)
-    except (*NPY_ERRORS, OSError) as error:
+    except OSError as error:
+        raise unopened(path, error) from error
+    except NPY_ERRORS as error:
         raise FormatError(f"{path}: not a table ({first_words(error)}); fetch it anew") from error
     if found != dtype or fortran or shape != (rows,):
         unlike = set(dtype.names or [str(dtype)]) - set(found.names or [str(found)])

@@ -13,7 +13,7 @@ from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.display import left_out_text
 from latentds.core.storage import canonical_json, sha256_file
-from latentds.errors import FormatError, LatentdsError, no_folder
+from latentds.errors import FormatError, LatentdsError, no_folder, unopened
 from latentds.store.channel_statistics import measure_statistics
 from latentds.store.format import DIGESTS, MANIFEST, MASKS, PACKS_TABLE, PATCHES_TABLE, ROWS_CRC32
 from latentds.store.golden import THUMBNAIL_SLACK_DB, decode_pixels, likeness_db, read_golden
@@ -86,8 +86,10 @@ def verify(
         try:
             for line in checks[name]():
                 problems.append((name, line))
-        except (LatentdsError, OSError) as error:
+        except LatentdsError as error:
             problems.append((name, str(error)))
+        except OSError as error:
+            problems.append((name, str(unopened(error.filename or path, error))))
         if name == "manifest" and problems:
             break  # nothing below can be judged against a manifest that is wrong
     return Verification(tuple(reached), tuple(problems), tuple(notes))

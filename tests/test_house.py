@@ -83,7 +83,7 @@ HEAVY = {  # heavy libraries and the only modules that may import them
     "matplotlib": {
         *("latentds_trainers.abmil.heat_map", "latentds_tools.reports.plots"),
     },
-    "fsspec": {"latentds.store.transport", "latentds.store.object_store"},
+    "fsspec": {"latentds.store.transport"},
 }
 
 

@@ -14,10 +14,12 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.core.storage import location_of
 from latentds.errors import InputError, MissingExtraError
+from latentds.loading.dataset import LatentDataset
 from latentds.store.cache import CacheConfig
 from latentds.store.format import MANIFEST
-from latentds.store.object_store import UPLOADED, download, inside, open_location, upload
+from latentds.store.object_store import UPLOADED, download, inside, upload
 from latentds.store.reader import ShardSet
+from latentds.store.transport import open_location
 from tests.conftest import convert_with_mean, save_pictures
 
 fsspec = pytest.importorskip("fsspec")
@@ -106,18 +108,20 @@ def test_a_location_without_a_host_is_refused_as_it_was_typed(words, capsys):
         cli.main(["convert", *words])
     told = "hdfs:///in/x: names no host or bucket; write hdfs://HOST/in/x, or hdfs://in/x if"
     assert told in capsys.readouterr().err
-    with pytest.raises(InputError, match=told):
-        ConvertConfig(source="hdfs:///in/x", out="o")
+    for use in (lambda location: ConvertConfig(source=location, out="o"), LatentDataset):
+        with pytest.raises(InputError, match=told):
+            use("hdfs:///in/x")
 
 
 def test_a_store_that_cannot_be_opened_is_named_in_one_short_line(monkeypatch):
-    def no_library(*_):
+    def no_library(*_, **__):
         raise OSError("Unable to load libjvm " + "dlopen failed\n" * 1000)
 
     monkeypatch.setattr("fsspec.core.url_to_fs", no_library)
-    with pytest.raises(InputError, match="^hdfs://host/x: Unable to load libjvm") as error:
-        open_location("hdfs://host/x")
-    assert len(str(error.value)) < 300
+    for use in (open_location, LatentDataset):
+        with pytest.raises(InputError, match="^hdfs://host/x.*: Unable to load libjvm") as error:
+            use("hdfs://host/x")
+        assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from latentds.errors import InputError, first_words
 from latentds.store.client_errors import client_errors, is_network
 from latentds.store.format import MANIFEST, SLIDES_TABLE
 from latentds.store.manifest import Manifest, read_manifest
-from latentds.store.transport import Transport, shown, unopenable
+from latentds.store.transport import Transport, open_location, shown
 
 UPLOADED = ".latentds/uploaded.json"  # beside the local set; never uploaded itself
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
@@ -119,17 +119,6 @@ def fetch(transport: Transport, name: str, target: Path, size: int) -> None:
     partial = target.with_name(f"{target.name}.partial")
     transport.download(name, partial, size)
     partial.replace(target)
-
-
-def open_location(location: str) -> tuple[Any, str]:
-    """The file system of a location, and the path there."""
-    import fsspec
-
-    try:
-        filesystem, root = fsspec.core.url_to_fs(location)
-    except (ImportError, ValueError, OSError) as error:  # OSError: libraries that are not there
-        raise unopenable(location, error) from error
-    return filesystem, str(root).rstrip("/")
 
 
 @contextlib.contextmanager

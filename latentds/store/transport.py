@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from latentds.core.storage import naming
+from latentds.core.storage import check_host, naming
 from latentds.errors import DamagedPackError, FormatError, InputError, first_words, missing_extra
 from latentds.store.client_errors import DIGITS, TransientError, client_errors, is_network, judge
 
@@ -42,11 +42,17 @@ def shown(location: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
-def unopenable(location: str, error: ImportError | ValueError | OSError) -> Exception:
-    """The error of a location that fsspec has no file system for; it names the missing package."""
-    if isinstance(error, ImportError) and location.startswith("s3:"):
-        return missing_extra("s3fs", "s3")
-    return InputError(f"{shown(location)}: {first_words(error, 200)}")
+def open_location(location: str, **options: Any) -> tuple[Any, str]:
+    """fsspec's file system of a location, and the path there; InputError where there is none."""
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(location, **options)
+    except (ImportError, ValueError, OSError) as error:  # OSError: libraries that are not there
+        if isinstance(error, ImportError) and location.startswith("s3:"):
+            raise missing_extra("s3fs", "s3") from error
+        raise InputError(f"{shown(location)}: {first_words(error, 200)}") from error
+    return filesystem, str(path).rstrip("/")
 
 
 def join(location: str, name: str) -> str:
@@ -64,6 +70,7 @@ class Transport:
     """
 
     def __init__(self, location: str) -> None:
+        check_host(location)
         self.location, self.shown = location, shown(location)
         self.revision: str | None = None
         self.headers: dict[str, str] = {}
@@ -301,12 +308,7 @@ class Transport:
 
                 made: Any = requests.Session()
             else:
-                import fsspec
-
-                try:
-                    made, _ = fsspec.core.url_to_fs(url, skip_instance_cache=True)
-                except ImportError as error:
-                    raise unopenable(url, error) from error
+                made, _ = open_location(url, skip_instance_cache=True)
             self.local.pid, self.local.client = os.getpid(), made
         return self.local.client
 

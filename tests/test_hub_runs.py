@@ -250,6 +250,18 @@ def test_an_address_that_holds_no_more_is_asked_for_anew(hub, cache, monkeypatch
     assert len(kept_packs(cache)) == 4 and asked < hub.asked <= asked + 2
 
 
+@pytest.mark.parametrize("fault", ["wrong", "short", "drop", "whole", "403", "503"])
+def test_an_address_that_fails_in_any_way_is_asked_for_anew(hub, cache, monkeypatch, fault):
+    transport, name = (
+        read_signed(hub, cache, monkeypatch).sets[0].files.transport,
+        ".latentds/packs.npy",
+    )
+    sound = transport.read(name, 0, 100, 100)
+    asked, hub.faults[name] = hub.asked, [fault]
+    assert transport.read(name, 0, 100, 100, lambda content: content == sound) == sound
+    assert hub.asked == asked + 1
+
+
 def test_no_token_goes_where_the_hub_sends_us(hub, cache, monkeypatch):
     transport = read_signed(hub, cache, monkeypatch).sets[0].files.transport
     assert "Bearer secret" in hub.tokens and transport.places

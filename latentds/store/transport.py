@@ -171,6 +171,13 @@ class Transport:
         where, wrong = f"{self.shown.rstrip('/')}/{name}", 0
 
         def attempt() -> bytes:
+            try:
+                return fetch()
+            except TransientError:
+                self.places.pop(self.url(name), None)  # another may be sound
+                raise
+
+        def fetch() -> bytes:
             nonlocal wrong
             content = self.fetch(name, start, size, limit)
             if size is not None and len(content) != size:
@@ -281,7 +288,6 @@ class Transport:
         # Their texts have the address, token and all. RequestException is an OSError, that of an
         # address in a redirect a ValueError.
         except (OSError, HTTPError, HTTPException, ValueError) as error:
-            self.places.pop(url, None)
             raise TransientError(type(error).__name__) from None
 
     def ask_http(self, session: Any, url: str, headers: dict[str, str]) -> Any:
@@ -289,9 +295,9 @@ class Transport:
 
         The Hub limits how often it is asked itself. As `hf_transfer` has it.
         """
-        if place := self.places.get(url):  # holds for an hour, and is no place for our token
+        if place := self.places.get(url):  # signed, holds for a while; no place for our token
             answer = session.get(place, headers=headers, stream=True, timeout=TIMEOUT_S)
-            if answer.status_code < 400:
+            if answer.status_code == (206 if "range" in headers else 200):
                 return answer
             answer.close()
             self.places.pop(url, None)

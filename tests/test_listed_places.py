@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from latentds.conversion.conversion_plan import make_plan
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError, TooManyBadSamplesError
+from latentds.sources import slides
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.originals import Originals
 from latentds.store.reader import ShardSet
@@ -78,6 +80,7 @@ def test_a_column_of_widths_says_how_much_a_patch_shows(pixels, tmp_path, option
         ("path,x,y", ["s1.tiff,1,2", "s1.tiff,,2"], {}, "row 2: no x; a place in a slide needs x"),
         ("path,x", ["s1.tiff,1"], {}, "row 1: no y"),
         ("path,x,y,size_px", ["s1.tiff,1,2,8", "s1.tiff,1,2,"], {}, "row 2: no size_px"),
+        ("path,x,y,size_px", ["s1.tiff,1,2,0"], {}, "row 1: size_px is 0, not between 1 and"),
         ("path,x,y,size_px", ["s1.tiff,1,2,64"], {"mpp": 1.0}, "size_px says .*leave --mpp"),
         ("path,x,y,size_px", ["s1.tiff,1,2,64", "s1.tiff,3,4,9"], {}, "differ; pass --patch-size"),
         ("path,x,y", ["s1.tiff,1,2", "s1.tiff,1,2"], {}, "s1.tiff/1_2 is named twice"),
@@ -106,6 +109,18 @@ def test_the_places_of_few_slides_are_read_together(tmp_path):
     plan = make_plan(ConvertConfig(source=table, out=tmp_path / "out", patch_size=64))
     slides = [plan.pictures[number].slide for number in plan.regions["picture"]]
     assert [len(set(slides[start : start + 16])) for start in (0, 16, 32)] == [4, 4, 4]
+
+
+def test_rows_of_many_slides_in_any_order_open_each_slide_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(slides, "OPEN_SLIDES", 2)
+    opened = mock.Mock(wraps=slides.open_slide)
+    monkeypatch.setattr(slides, "open_slide", opened)
+    for number in range(4):
+        write_slide(tmp_path / "slides" / f"s{number}.tiff")
+    rows = [f"s{number}.tiff,{64 * x},0" for x in range(3) for number in range(4)]
+    table = table_of(tmp_path, "path,x,y", *rows)
+    plan = make_plan(ConvertConfig(source=table, out=tmp_path / "out", patch_size=64, workers=1))
+    assert len(plan.regions) == 12 and opened.call_count == 4
 
 
 def test_columns_that_a_table_of_slides_cannot_use_are_told(pixels, tmp_path):

@@ -104,7 +104,7 @@ def numbers_of(source: str, fields: dict[str, str]) -> dict[str, float]:
             number = number if name == "mpp" or number % 1 else int(number)
         except (ValueError, OverflowError) as error:
             raise InputError(f"{source}: {name} is {fields[name]!r}, not a number") from error
-        low, high = (0.01, 100) if name == "mpp" else (0, 2**31 - 1)
+        low, high = (0.01, 100) if name == "mpp" else (int(name == "size_px"), 2**31 - 1)
         if not low <= number <= high:
             raise InputError(f"{source}: {name} is {number}, not between {low} and {high}")
         if name != "mpp" and number % 1:

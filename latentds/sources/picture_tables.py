@@ -316,9 +316,8 @@ class ListedPlaces(ListedSlides):
                     f"needs {', '.join(needed)}"
                 )
         self.take_width(widths)
-        pictures = tuple(
-            dataclasses.replace(p, source=f"{p.source}/{p.x}_{p.y}") for p in found.pictures
-        )
+        whole = sorted(found.pictures, key=lambda p: p.source)  # each slide is opened once
+        pictures = tuple(dataclasses.replace(p, source=f"{p.source}/{p.x}_{p.y}") for p in whole)
         return dataclasses.replace(found, pictures=pictures)
 
     def take_width(self, widths: set[int | None]) -> None:

@@ -176,7 +176,9 @@ def test_a_record_too_small_for_the_ends_of_its_lanes_is_refused():
         dataclasses.replace(book, record_bytes=99).quantize(torch.randn(1, *shape))
 
 
-@pytest.mark.parametrize(("side", "size", "lanes"), [(32, 4096, 32), (32, 2048, 16), (8, 256, 2)])
+@pytest.mark.parametrize(
+    ("side", "size", "lanes"), [(32, 4096, 32), (32, 2048, 16), (8, 256, 2), (64, 4096, 32)]
+)
 def test_a_lane_has_128_bytes(side, size, lanes):
     """A lane takes 2.3 bytes whatever it codes: of 16 lanes and 256 bytes a seventh."""
     latent_id = load_autoencoder("tiny-v2").card.latent_id

@@ -125,7 +125,7 @@ def sized_records(
     most = most_bytes(latents_shape)
 
     def of_bytes(size: int) -> EntropyCodebook:
-        lanes = lanes_for(size, cells, book.lanes)
+        lanes = lanes_for(size, cells)
         return dataclasses.replace(
             book, latents_shape=latents_shape, lanes=lanes, record_bytes=MAX_RECORD_BYTES
         )

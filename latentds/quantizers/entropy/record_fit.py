@@ -28,7 +28,6 @@ FINER, COARSER = 2.0, 3.0
 RANGE_PATCHES = 64  # that tell which sizes are possible: a tenth of a second each
 ROUNDS = 3  # steps by the tables, then model and tables anew at these steps
 CLASSES, PARENTS = 8, 4  # 16 classes save another 0.3 %, all earlier channels as parents 0.3 %
-LANES = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ def fit_entropy_codebook(
         raise ShapeError(f"gains have shape {weights.shape} for {channels} channels")
     cells = torch.from_numpy(scan_of(height, width).cells)
     values = sample.flatten(2).index_select(2, cells) * torch.from_numpy(weights)[:, None]
-    lanes = lanes or lanes_for(record_bytes, height * width, LANES)
+    lanes = lanes or lanes_for(record_bytes, height * width)
     shape = (channels, height, width)
     try:
         if record_bytes > encoding.most_bytes(shape):
@@ -135,7 +134,7 @@ def possible_bytes(values: Tensor, latents_shape: tuple[int, int, int]) -> str:
     for sixteenths in range(1, 17):
         record_bytes = most * sixteenths // 16
         try:
-            lanes = lanes_for(record_bytes, math.prod(latents_shape[1:]), LANES)
+            lanes = lanes_for(record_bytes, math.prod(latents_shape[1:]))
             tried = plain_codebook(values[:RANGE_PATCHES], latents_shape, record_bytes, lanes)[0]
             encoding.check_reach(tried)
         except ValueError:

@@ -21,6 +21,7 @@ KIND = "rans"
 # value and more, and twice as much of those of half a bit and less. On H&E tiny-v2's 4,096 bytes (a
 # bit) keep less with more, by EfficientNet-Lite0 its 2,048 bytes keep more.
 RATE_WEIGHT, LEAST_BITS = 0.04, 0.5
+LANES = 32  # of a record, at most, where nobody says how many
 LANE_SHARE = 128  # bytes of a record for each lane, which takes 2.3 of them
 ARRAYS = (  # in the order in which they are hashed
     *(("steps", "<f4"), ("gains", "<f4"), ("order", "<i2"), ("parents", "<i2")),
@@ -109,9 +110,9 @@ class RecordModel:
         return f"sha256:{digest.hexdigest()}"
 
 
-def lanes_for(record_bytes: int, cells: int, most: int) -> int:
+def lanes_for(record_bytes: int, cells: int) -> int:
     """Lanes of a record: as many as its bytes and its latent cells have use for."""
-    return max(min(most, record_bytes // LANE_SHARE, cells // 4), 1)
+    return max(min(LANES, record_bytes // LANE_SHARE, cells // 4), 1)
 
 
 def check_codebook(codebook: RecordModel) -> None:

@@ -185,7 +185,9 @@ def test_places_in_names_are_read_in_either_order(name):
     assert path_fields(f"a/{name}.png") == {"x": 256, "y": 512}
 
 
-@pytest.mark.parametrize("name", ["xmax256_ymax512", "x256_x512", "y256_512", "max1_y2"])
+@pytest.mark.parametrize(
+    "name", ["xmax256_ymax512", "x256_x512", "y256_512", "max1_y2", "9f3x2y1c"]
+)
 def test_numbers_that_are_no_corner_are_no_place(name):
     assert path_fields(f"{name}.png") == {}
 

@@ -61,7 +61,7 @@ CENTRE = re.compile(r"cent(?:er|re)_?\d+", re.IGNORECASE)  # CAMELYON17's folder
 # x and y in a tile's name where it says so, in either order: `..._x1024_y2048`, `x=1024,y=2048`,
 # `y512_x256` (UCSB), `xini_46290_yini_19855` (SICAPv2).
 NAMED_PLACE = re.compile(
-    r"(?<![a-z])([xy])(s|ini|init|min|pos|start|px)?[=_-]*(\d{1,9})[_,; -]*"
+    r"(?<![a-z\d])([xy])(s|ini|init|min|pos|start|px)?[=_-]*(\d{1,9})[_,; -]*"
     r"(?!\1)([xy])(?(2)\2)[=_-]*(\d{1,9})(?!\d)",
     re.IGNORECASE,
 )

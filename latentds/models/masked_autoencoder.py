@@ -30,7 +30,6 @@ class MaskedAutoencoder(nn.Module):
     width       of the decoder: 512; depth 8, heads 16: the paper's best in table 1, and its code's
     ratio       share of tokens hidden, 0.75 in the paper; fixes how many, so that nothing waits for
                 the device
-    norm_pix    targets are normalized within each token: better in the paper's table 1d
     seed        draws the decoder, the same on every rank
     raises      InputError for a network that cannot be trained so, ValueError for the ratio,
                 MissingExtraError
@@ -49,13 +48,12 @@ class MaskedAutoencoder(nn.Module):
         depth: int = 8,
         heads: int = 16,
         ratio: float = MAE_RATIO,
-        norm_pix: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
         require_vit(backbone, class_token=False)
         network: Any = backbone
-        self.backbone, self.norm_pix = network, norm_pix
+        self.backbone = network
         self.grid: tuple[int, int] = tuple(network.patch_embed.grid_size)
         # in the input's own cells: pixels, or latent cells under a latent stem
         self.token_size = network.patch_embed.patch_size[0]
@@ -116,10 +114,8 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(f"masks hide {counts} tokens; {self.masked} in every row is wanted")
 
     def targets(self, values: Tensor) -> Tensor:
-        """What is to be predicted, (B, T, V): a token's values, normalized with `norm_pix`."""
+        """What is to be predicted, (B, T, V): values normalized within each token, table 1d."""
         tokens = functional.pixel_unshuffle(values, self.token_size).flatten(2).transpose(1, 2)
-        if not self.norm_pix:
-            return tokens
         variance, mean = torch.var_mean(tokens, dim=-1, keepdim=True)
         return (tokens - mean) / (variance + TARGET_EPSILON).sqrt()
 

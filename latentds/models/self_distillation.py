@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CENTER_MOMENTUM = 0.9  # DINO main_dino.py, DINOLoss; DINOv2 loss/dino_clstoken_loss.py
 IBOT_WEIGHT = 1.0  # DINOv2 ssl_default_config.yaml, ibot.loss_weight
+KOLEO_WEIGHT = 0.1  # DINOv2 ssl_default_config.yaml, dino.koleo_loss_weight
 STUDENT_TEMP = 0.1  # DINO main_dino.py, DINOLoss; DINOv2 loss/dino_clstoken_loss.py
 
 
@@ -87,15 +88,14 @@ def patch_loss(
 
 
 class Branch(nn.Module):
-    """A backbone with its heads; student and teacher are one each.
+    """A backbone with its head, logits (., K) of class and patch tokens (., D) alike.
 
-    head        logits (., K) of class tokens (., D)
-    patch_head  of patch tokens; None where one head serves both
+    Student and teacher are one each. One head for both is DINOv2's default (ibot.separate_head).
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, patch_head: nn.Module | None) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.backbone, self.head, self.patch_head = backbone, head, patch_head
+        self.backbone, self.head = backbone, head
 
     def tokens(
         self, values: Tensor, masks: Tensor | None = None, mask_token: Tensor | None = None
@@ -104,12 +104,6 @@ class Branch(nn.Module):
         tokens = encode(self.backbone, values, masks=masks, mask_token=mask_token)
         prefix: Any = self.backbone.num_prefix_tokens
         return tokens[:, 0], tokens[:, prefix:]
-
-    def patch_logits(self, tokens: Tensor) -> Tensor:
-        """Logits (n, K) of patch tokens (n, D)."""
-        head = self.head if self.patch_head is None else self.patch_head
-        logits: Tensor = head(tokens)
-        return logits
 
 
 class SelfDistillation(nn.Module):
@@ -121,9 +115,6 @@ class SelfDistillation(nn.Module):
     method             dino, or dinov2: with iBOT and KoLeo
     out_dim            prototypes K: 65,536 in both papers
     hidden_dim         of the heads, 2048; bottleneck_dim 256: both papers
-    separate_heads     a head of its own for patch tokens, as DINOv2's long runs have; its default
-                       configuration shares one (ibot.separate_head)
-    koleo_weight       0.1: DINOv2 ssl_default_config.yaml, dino.koleo_loss_weight
     seed               draws the heads, the same on every rank
     raises             InputError for a network that cannot be trained so, ValueError for a teacher
                        of another shape, MissingExtraError
@@ -156,8 +147,6 @@ class SelfDistillation(nn.Module):
         out_dim: int = 65536,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
-        separate_heads: bool = False,
-        koleo_weight: float = 0.1,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -168,12 +157,11 @@ class SelfDistillation(nn.Module):
         masked = method == "dinov2"
         features: Any = student_backbone.num_features
         sizes = (features, hidden_dim, bottleneck_dim, out_dim)
-        branches = []
-        for backbone in (student_backbone, teacher_backbone):
-            patch_head = new_head(sizes, False, seed + 1) if masked and separate_heads else None
-            branches.append(Branch(backbone, new_head(sizes, not masked, seed), patch_head))
-        self.student, self.teacher = branches
-        self.out_dim, self.koleo_weight = out_dim, koleo_weight
+        self.student, self.teacher = (
+            Branch(backbone, new_head(sizes, not masked, seed))
+            for backbone in (student_backbone, teacher_backbone)
+        )
+        self.out_dim = out_dim
         self.center = GatheredCenter(out_dim, CENTER_MOMENTUM)
         self.patch_center = GatheredCenter(out_dim, CENTER_MOMENTUM) if masked else None
         self.koleo_loss = new_koleo() if masked else None
@@ -206,7 +194,7 @@ class SelfDistillation(nn.Module):
         teacher_temp  of this step
         masks         dinov2 only: bool (G, B, T), tokens hidden from the student
         returns       dino; for dinov2 also ibot, and koleo, the sum over global views; loss is
-                      dino + ibot + koleo_weight * koleo
+                      dino + ibot + KOLEO_WEIGHT * koleo
         raises        ValueError, ShapeError
         """
         self.check(views, masks)
@@ -225,7 +213,7 @@ class SelfDistillation(nn.Module):
                 )
                 parts["koleo"] = torch.stack([self.koleo(view) for view in features]).sum()
             loss = parts["dino"] + IBOT_WEIGHT * parts.get("ibot", 0)
-            loss = loss + self.koleo_weight * parts.get("koleo", 0)
+            loss = loss + KOLEO_WEIGHT * parts.get("koleo", 0)
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
     def check(self, views: Views, masks: Tensor | None) -> None:
@@ -249,7 +237,7 @@ class SelfDistillation(nn.Module):
         if hidden.masks.shape != patches.shape[:2]:
             given, shape = tuple(hidden.masks.shape), tuple(patches.shape[:2])
             raise ShapeError(f"masks are {given} for all global views; their tokens are {shape}")
-        return logits, self.teacher.patch_logits(hidden.among(patches)).float()
+        return logits, self.teacher.head(hidden.among(patches)).float()
 
     def study(self, views: Views, hidden: Hidden | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """The student's features (G, B, D), logits (n, K) of the hidden tokens, (G + L, B, K)."""
@@ -262,7 +250,7 @@ class SelfDistillation(nn.Module):
         logits = self.student.head(classes).float().view(-1, batch, self.out_dim)
         if hidden is None:
             return features, None, logits
-        return features, self.student.patch_logits(hidden.among(patches)).float(), logits
+        return features, self.student.head(hidden.among(patches)).float(), logits
 
     def koleo(self, features: Tensor) -> Tensor:
         """KoLeo of the class tokens (B, D) of one view, among those of all ranks."""

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from latentds.autoencoders.autoencoder import hash_tensors, short
+from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.core.display import code_span, facts_table
 from latentds.core.storage import write_together
 from latentds.embedders.backbone_record import (
@@ -31,12 +31,11 @@ from latentds.embedders.backbone_record import (
     RECORD,
     WEIGHTS,
     BackboneRecord,
-    read_record,
 )
 from latentds.embedders.embedder import IMAGENET_MEAN, IMAGENET_STD
 from latentds.embedders.latent_stem import LatentStemConfig, timm_arguments
 from latentds.embedders.timm_models import outline
-from latentds.errors import FormatError, InputError, ShapeError
+from latentds.errors import ShapeError
 
 README = "README.md"
 OF_TRAINING = {  # of timm's arguments, what no tensor depends on
@@ -99,6 +98,7 @@ model = timm.create_model("{timm_place}", pretrained=True).eval()
 ```"""
 TIMM_CANNOT = "timm alone does not build this network: its patch embedding is of latentds."
 TAGS = ("pathology", "feature-extraction", "latentds")
+INTERPOLATION = "bicubic"  # of pictures' resizing, as in pretraining
 
 
 def write_backbone(
@@ -110,22 +110,18 @@ def write_backbone(
     input_px: int | None = None,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
-    interpolation: str = "bicubic",
-    model_args: Mapping[str, Any] | None = None,
     stem: LatentStemConfig | None = None,
-    overwrite: bool = False,
 ) -> Path:
     """Write a network of timm, without a classifier, as a folder; returns the folder.
+
+    A backbone that lies there is replaced.
 
     arch        timm's name of it; a tag is left out
     trained     what it was trained on and how: JSON values, for people
     input_px    edge of its pictures; None takes the one its position embedding is laid out for
     mean, std   of the normalization it was trained with; with a stem, the stem's count
-    model_args  timm's arguments beside the name; None takes what timm notes of its own networks
     stem        of a network that reads latents
-    overwrite   replace another backbone that lies there; the same one is never an error
-    raises      InputError where there is another backbone, or timm would not build the network from
-                its name and arguments; ValueError for a network with a classifier
+    raises      ValueError for a network with a classifier
     """
     folder = Path(folder)
     if getattr(backbone, "num_classes", 0):
@@ -133,7 +129,7 @@ def write_backbone(
     network: Any = backbone
     tensors = {name: as_stored(tensor) for name, tensor in backbone.state_dict().items()}
     layout = image_edge(backbone, arch, stem)
-    arguments = find_arguments(backbone, arch, layout, model_args, stem)
+    arguments = find_arguments(backbone, arch, layout, stem)
     record = BackboneRecord(
         arch=arch.partition(".")[0],
         model_args=arguments,
@@ -141,15 +137,12 @@ def write_backbone(
         input_px=input_px or layout,
         mean=tuple(stem.mean if stem else mean),
         std=tuple(stem.std if stem else std),
-        interpolation=interpolation,
+        interpolation=INTERPOLATION,
         dim=int(getattr(network, "head_hidden_size", None) or network.num_features),
         weights_id=hash_tensors(tensors, {}),
         stem=dataclasses.asdict(stem) if stem else None,
         trained=dict(trained),
     )
-    check_place(folder, record, overwrite)
-    if arguments is not None:
-        check_buildable(record, tensors)
     write_together(contents_of(folder, record, backbone, tensors))
     if arguments is None:
         (folder / CONFIG).unlink(missing_ok=True)  # of a backbone that lay here before
@@ -195,14 +188,10 @@ def image_edge(backbone: Any, arch: str, stem: LatentStemConfig | None) -> int:
 
 
 def find_arguments(
-    backbone: nn.Module,
-    arch: str,
-    edge: int,
-    given: Mapping[str, Any] | None,
-    stem: LatentStemConfig | None,
+    backbone: nn.Module, arch: str, edge: int, stem: LatentStemConfig | None
 ) -> dict[str, Any] | None:
     """timm's arguments of the network; None where timm alone cannot build it."""
-    noted: Mapping[str, Any] = getattr(backbone, "_model_args", {}) if given is None else given
+    noted: Mapping[str, Any] = getattr(backbone, "_model_args", {})
     kept = {name: value for name, value in noted.items() if name not in OF_TRAINING}
     embed = getattr(backbone, "patch_embed", None)
     if getattr(embed, "img_size", None) is not None:
@@ -215,38 +204,6 @@ def find_arguments(
             return None
         kept |= own
     return kept
-
-
-def check_place(folder: Path, record: BackboneRecord, overwrite: bool) -> None:
-    """Refuse a folder with another backbone, or with something else under the same names."""
-    found = [name for name in (RECORD, CONFIG, WEIGHTS) if (folder / name).exists()]
-    if not found or overwrite:
-        return
-    held = ""
-    if RECORD in found:
-        try:
-            held = read_record(folder).weights_id
-        except FormatError:
-            held = "a damaged record"
-    if held != record.weights_id:
-        raise InputError(
-            f"{folder}: holds {f'the backbone {short(held)}' if held else found[0]} already, this "
-            f"one is {short(record.weights_id)}; choose another folder, or overwrite it"
-        )
-
-
-def check_buildable(record: BackboneRecord, tensors: Mapping[str, Tensor]) -> None:
-    """InputError where timm's network of that name and arguments has other tensors."""
-    network = outline(record.arch, **(record.model_args or {}))
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    seen = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    odd = sorted(n for n in wanted.keys() | seen.keys() if wanted.get(n) != seen.get(n))
-    if odd:
-        raise InputError(
-            f"{record.arch}: tensor {odd[0]!r} is {seen.get(odd[0], 'missing')}, timm builds it as "
-            f"{wanted.get(odd[0], 'nothing')} from {record.model_args}; pass model_args that "
-            "build this network"
-        )
 
 
 def timm_config(record: BackboneRecord, backbone: nn.Module) -> dict[str, Any]:

@@ -277,7 +277,6 @@ class PretrainTask:
                 mean=mean,
                 std=std,
                 input_px=self.config.global_px,
-                overwrite=True,
             )
             if self.source.codebook is not None:  # pictures are rounded to it before they go in
                 save_codebook(self.source.codebook, folder / CODEBOOK)

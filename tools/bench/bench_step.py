@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,11 @@ def make_steps(feeding: Any) -> dict[str, Callable[[], object]]:
 
 
 def summarize(ways: dict[str, Case], batch_size: int) -> dict[str, Any]:
-    """Times, costs and the arithmetic of what ran at the same time."""
+    """Times, and what ways cost over others."""
     steps = [name for name in (STEP, VIEWS_TOO, REPLAYED_TOO, LOADER) if name in ways]
     times = {name: describe_time(way, batch_size) for name, way in ways.items()}
     has_graph = REPLAYED in ways  # as the loader then has
-    made, alone = (REPLAYED_TOO, REPLAYED) if has_graph else (VIEWS_TOO, VIEWS)
-    parts = [ways[name] for name in (DECODE, alone) if name in ways]
+    made = REPLAYED_TOO if has_graph else VIEWS_TOO
     graph = {"replayed_over_made": harness.cost(ways[made], ways[VIEWS_TOO])} if has_graph else {}
     return graph | {
         "steps": {name: times[name] for name in steps},
@@ -86,7 +85,6 @@ def summarize(ways: dict[str, Case], batch_size: int) -> dict[str, Any]:
         "loader_over_cached_views": harness.cost(ways[LOADER], ways[STEP]),
         "loader_over_cached_images": harness.cost(ways[LOADER], ways[made]),
         "views_over_cached_views": harness.cost(ways[made], ways[STEP]),
-        "overlap": overlap(ways[STEP], ways[LOADER], parts),
     }
 
 
@@ -98,24 +96,6 @@ def describe_time(case: Case, count: int) -> dict[str, Any]:
         "ms_range": harness.extent([1000 * figures["seconds"] for figures in case.rounds]),
         "patches_per_s": count / case.seconds,
         "peak_gb": peak / 1e9 if peak else None,
-    }
-
-
-def overlap(step: Case, loaded: Case, parts: Sequence[Case]) -> dict[str, float]:
-    """What would be expected if nothing ran at the same time, and how much of it did.
-
-    step    on views that are there
-    loaded  with the loader
-    parts   what the loader does, each alone
-    """
-    alone = sum(part.seconds for part in parts)
-    added = loaded.seconds - step.seconds
-    return {
-        "step_ms": 1000 * step.seconds,
-        "parts_ms": 1000 * alone,
-        "one_after_another_ms": 1000 * (step.seconds + alone),
-        "measured_ms": 1000 * loaded.seconds,
-        "hidden_percent": 100 * (1 - added / alone) if alone else 0.0,
     }
 
 
@@ -147,16 +127,10 @@ def costs_text(report: dict[str, Any]) -> list[str]:
         low, high = report[name]["percent_range"]
         return f"{report[name]['percent']:+.1f} % ({low:+.1f} to {high:+.1f})"
 
-    found = report["overlap"]
-    hidden = min(max(found["hidden_percent"], 0.0), 100.0)  # beyond is noise
-    parts = "decoding and views" if DECODE in report["alone"] else "views"
     graph = "replayed_over_made"
     return [
         *([f"views replayed over views made: {told(graph)}"] if graph in report else []),
         f"the loader over cached images, whose views are made: {told('loader_over_cached_images')}",
         f"the loader over cached views: {told('loader_over_cached_views')}, of which views "
         f"{told('views_over_cached_views')}",
-        f"one after another: step {found['step_ms']:,.1f} + {parts} "
-        f"{found['parts_ms']:,.1f} = {found['one_after_another_ms']:,.1f} ms; measured "
-        f"{found['measured_ms']:,.1f} ms, {hidden:.0f} % of {parts} hidden",
     ]

@@ -342,7 +342,7 @@ def note_numbers(paths: Iterable[str]) -> tuple[str, ...]:
     if not forms:
         return ()
     ((form, count),) = forms.most_common(1)
-    share = "" if count == len(ends) else f"{count:,} of {len(ends):,} "
+    share = "" if count == len(ends) else f"{count:,} "
     what = f"{share}names end in {form}, which is not read"
     return (f"{what}; --name-pattern reads places, slides",)
 

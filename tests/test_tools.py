@@ -276,6 +276,7 @@ def test_fit_codebook_makes_an_additive_codebook_of_the_bytes_asked_for(pictures
             "--levels 999 is not between 2 and 256",
         ),
         (["convert", "p", "--out", "o", "--autoencoder", "tinny"], "did you mean 'tiny'?"),
+        (["fit-codebook", "p", "--out", "p", "--overwrite"], "p: is a folder; name a file"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_1(words, part, tmp_path, monkeypatch, capsys):

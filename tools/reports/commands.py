@@ -38,8 +38,10 @@ def picked(config: object, *names: str) -> dict[str, Any]:
 
 
 def check_free(paths: Iterable[Path], overwrite: bool) -> None:
-    """InputError where one of the files is there already and may not be replaced."""
+    """InputError where a folder has a file's place, or a file is there that may not be replaced."""
     there = [path for path in paths if path.exists()]
+    if folders := [path for path in there if path.is_dir()]:
+        raise InputError(f"{folders[0]}: is a folder; name a file, in it or elsewhere")
     if there and not overwrite:
         raise InputError(f"{there[0]}: is there; pass --overwrite to replace it")
 

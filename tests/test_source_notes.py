@@ -349,3 +349,8 @@ def test_a_split_of_which_some_have_labels_is_not_said_to_have_none(tmp_path):
 def test_members_of_tars_that_nobody_reads_are_told(tmp_path):
     write_samples(tmp_path / "a.tar", {"0": {"png": encoded(0), "txt": "tumour"}})
     assert labels_of(tmp_path / "a.tar")[1] == "columns not used: .txt"
+
+
+def test_a_number_that_stands_for_no_class_is_told(tmp_path):
+    (note,) = listed(picture_table(tmp_path / "in", "label", ["0", "1", "-1"])).notes
+    assert note.startswith("label '-1' (1) is taken for a class; where it means none")

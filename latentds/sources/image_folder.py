@@ -54,7 +54,7 @@ SLIDE_IN_NAME = re.compile(
     r"(?:\.[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})?"
     r"|C3[LN]-\d{5}-\d+|GTEX-[0-9A-Z]{4,5}-\d{4}|patient_\d{3}_node_\d)(?![0-9A-Za-z])"
 )
-NO_CLASS = {"na", "n/a", "#n/a", "nan", "null", "none"}  # what programs write for no value
+NO_CLASS = {"na", "n/a", "#n/a", "nan", "null", "none", "-1"}  # what programs write for no value
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 DICOM_UID = re.compile(r"\d+(?:\.\d+){5,}")
 CENTRE = re.compile(r"cent(?:er|re)_?\d+", re.IGNORECASE)  # CAMELYON17's folders

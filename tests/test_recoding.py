@@ -277,3 +277,16 @@ def test_the_command_halves_the_bytes_and_tells_the_loss(tiny_latents, tmp_path,
     code, _, err = call(capsys, *words, "--autoencoder", "tiny", "--overwrite")
     assert code == 1 and "--autoencoder is for other codes" in err
     assert torch.isfinite(latents_of(tmp_path / "half")).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "lacking"),
+    [
+        ({"patch_bytes": 16}, "need --encoding, rans or u8-sum, or a --codebook"),
+        ({"encoding": "rans"}, "need --bytes, how many a patch is to take, or a --codebook"),
+        ({}, "need --encoding, rans or u8-sum and --bytes, how many"),
+    ],
+)
+def test_what_other_codes_lack_is_told(given, lacking):
+    with pytest.raises(InputError, match=lacking):
+        Recoding(**given)

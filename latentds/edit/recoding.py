@@ -50,10 +50,9 @@ class Recoding:
     def __post_init__(self) -> None:
         take_paths(self)
         if self.codebook is None and (self.encoding is None or self.patch_bytes is None):
-            raise InputError(
-                "other codes need --encoding and --bytes, how many a patch is to take, or a "
-                "--codebook"
-            )
+            lacking = ["--encoding, rans or u8-sum"] if self.encoding is None else []
+            lacking += ["--bytes, how many a patch is to take"] if self.patch_bytes is None else []
+            raise InputError(f"other codes need {' and '.join(lacking)}, or a --codebook")
 
 
 class Recoder:

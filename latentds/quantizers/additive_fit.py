@@ -2,9 +2,8 @@
 
 K-means is faiss's, from a k-means++ start. Post hoc: no network is trained.
 """
-# N vectors, D latent channels, S stages (code planes), K rows of a stage's table, G channels of a
-# group
-# D axes, S groups
+# N vectors, D latent channels or axes, S stages or groups (code planes), K rows of a plane's table,
+# G channels of a group
 
 from __future__ import annotations
 

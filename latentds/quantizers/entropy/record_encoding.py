@@ -1,6 +1,5 @@
 """Latents into records of equal size: rounding that weighs bytes, the finest step, the streams."""
 # B patches, C latent channels, h w latent cells (in scan order where flat), R record bytes
-# B patches, C latent channels, h w latent cells
 
 from __future__ import annotations
 

@@ -64,11 +64,16 @@ def encode_chunk(
         records[pending[fits]] = tried[fits]
         pending = pending[~fits]
         levels[pending] += 1
-        if len(pending) and levels[pending].max() >= len(codebook.steps):
+        if len(pending) and levels[pending].max() > coarsest_level(codebook):
             raise InputError(
-                f"records of {codebook.record_bytes} bytes: a patch does not fit at the coarsest "
-                "step; use some bytes more"
+                f"records of {codebook.record_bytes} bytes: a patch does not fit even "
+                "as zeros; use some bytes more"
             )
+
+
+def coarsest_level(codebook: RecordModel) -> int:
+    """Levels are the steps, then the last step with ever more channels dropped, at last all."""
+    return len(codebook.steps) - 1 + codebook.latents_shape[0]
 
 
 def by_patch(work: Callable[[slice], None], count: int) -> None:
@@ -97,8 +102,7 @@ def finest_levels(values: np.ndarray, codebook: RecordModel, rate_weight: float)
     budget = codebook.record_bytes - MARGIN_BYTES
     octaves = torch.from_numpy(codebook.steps.copy()).log2()
     low = torch.full((len(values),), -1)  # does not fit
-    # Levels of coarseness are the steps, then the last step with ever more channels dropped.
-    high = torch.full_like(low, len(codebook.steps) - 1 + codebook.latents_shape[0])  # fits
+    high = torch.full_like(low, coarsest_level(codebook))  # fits
     # Octaves of bytes above the budget at both bounds; unknown until a guess became the bound.
     above_low, above_high = (torch.full((len(low),), torch.nan) for _ in range(2))
     guess = torch.full_like(low, len(codebook.steps) // 2).minimum(high)

@@ -35,6 +35,7 @@ from latentds.conversion.workdir import (
     describe_left_out,
     differences,
     prepare_output,
+    write_input_stamp,
 )
 from latentds.core.display import left_out_text
 from latentds.core.processes import choose_device
@@ -118,8 +119,7 @@ def convert_with(
         conversion = prepare(config, reader, autoencoder, work, codebook)
         write(conversion)
         if not is_given:  # a source that is an object may read what is gone by then, as Writer's
-            stamp = config.hide(work.read_plan()["input_files"])
-            write_atomically(config.out / INPUT_STAMP, stamp.encode())
+            write_input_stamp(config.out, config, work.read_plan()["input_files"])
         manifest = finish(conversion)
         shutil.rmtree(work.folder)
     return manifest

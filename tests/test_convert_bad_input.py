@@ -207,6 +207,19 @@ def test_a_finished_data_set_is_replaced_only_when_asked(pictures, tmp_path):
     assert convert_with_mean(pictures, tmp_path / "out", overwrite=True, pack_size=3).packs == 11
 
 
+def test_a_set_is_replaced_only_by_a_run_that_can_begin(pictures, tmp_path):
+    out = tmp_path / "out"
+    convert_with_mean(pictures, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    png = (pictures / "stroma" / "p000.png").read_bytes()
+    (damaged / "p.png").write_bytes(png[:60] + bytes(20) + png[80:])
+    with pytest.raises(InputError, match="none of the patches drawn"):
+        convert_with_mean(damaged, out, overwrite=True, max_bad=9)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_output_inside_the_input_is_refused(pictures):
     with pytest.raises(InputError, match="lies in the input folder"):
         convert_with_mean(pictures, pictures / "out")

@@ -81,9 +81,9 @@ def prepare(
     )
     made = describe(config, plan, encoder, stored)
     settled = {"encode_batch": encoder.batch, "contract": contract.to_json(), "made": made}
-    work.write_plan(asked | settled, config.overwrite)
     wanted = len(plan.regions) * contract.bytes_per_patch
-    check_room(config.out, wanted - stored_bytes(config.out))  # of a killed run
+    check_room(config.out, wanted - stored_bytes(config.out))  # of a killed run, or overwritten
+    work.write_plan(asked | settled, config.overwrite)
     return Conversion(
         config=config,
         plan=plan,

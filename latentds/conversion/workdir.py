@@ -258,12 +258,11 @@ def prepare_output(config: ConvertConfig) -> Iterator[WorkFolder]:
             with exclusive_lock(path, STRAGGLER_S):
                 pass
         work.is_finished = (out / MANIFEST).is_file() and not config.overwrite
-        if (out / MANIFEST).is_file() and config.overwrite:
-            remove_data_set(out)
         try:
             yield work
         except InputError:
-            if work.is_finished and all(path.name == "lock" for path in work.folder.iterdir()):
+            is_whole = (out / MANIFEST).is_file()  # as it was found
+            if is_whole and all(path.name == "lock" for path in work.folder.iterdir()):
                 shutil.rmtree(work.folder)
             raise
 

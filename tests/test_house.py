@@ -36,7 +36,7 @@ LINES = {
     "latentds/hub": 1_410,
     "latentds/loading": 4_380,
     "latentds/models": 1_690,
-    "latentds/quantizers": 3_600,
+    "latentds/quantizers": 3_610,
     "latentds/sources": 6_480,
     "latentds/store": 5_490,
     "latentds/views": 1_150,

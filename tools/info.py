@@ -80,7 +80,8 @@ def summarize(config: Config) -> dict[str, Any]:
         "left_out": len(made.get("left_out", [])),
         "refine": (made.get("options") or {}).get("refine") or 0,
         "made": {
-            name: made.get(name) for name in ("versions", "device", "encode_batch", "threads")
+            **{n: made.get(n) for n in ("versions", "device", "encode_batch", "threads")},
+            "encode_dtype": (made.get("options") or {}).get("encode_dtype") or "float32",
         },
         "loader_memory": loader_memory(manifest, config),
     }
@@ -149,7 +150,12 @@ def as_text(summary: dict[str, Any]) -> str:
 def made_text(made: dict[str, Any]) -> str:
     """Versions, device and sizes that a set was made with, of those that it records."""
     versions = ", ".join(f"{name} {value}" for name, value in (made["versions"] or {}).items())
-    words = {"device": "{}", "encode_batch": "encode batch {}", "threads": "{} threads"}
+    words = {
+        "device": "{}",
+        "encode_batch": "encode batch {}",
+        "encode_dtype": "in {}",
+        "threads": "{} threads",
+    }
     told = [text.format(made[name]) for name, text in words.items() if made[name] is not None]
     return "; ".join(part for part in (versions, ", ".join(told)) if part)
 

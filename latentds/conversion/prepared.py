@@ -66,8 +66,9 @@ def prepare(
     earlier = work.read_plan()
     check_not_too_small(plan, autoencoder)
     batch = config.encode_batch or earlier.get("encode_batch")
-    batch = batch or choose_batch(autoencoder, device, plan.patch_px, config.refine)
-    encoder = Encoder(autoencoder, device, batch, config.refine)
+    how = (config.refine, config.encode_dtype)
+    batch = batch or choose_batch(autoencoder, device, plan.patch_px, *how)
+    encoder = Encoder(autoencoder, device, batch, *how)
     latents_shape = encoder.check_shape(plan.patch_px)
     stored = find_codebook(config, codebook, encoder, reader, earlier)
     card = autoencoder.card
@@ -97,14 +98,17 @@ def prepare(
 
 
 def choose_batch(
-    autoencoder: Autoencoder, device: torch.device, patch_px: tuple[int, int], steps: int = 0
+    autoencoder: Autoencoder, device: torch.device, patch_px: tuple[int, int], *how: Any
 ) -> int:
-    """Encode batch for this machine: 16 on a CPU, else the largest of 256, 128, ... that fits."""
+    """Encode batch for this machine: 16 on a CPU, else the largest of 256, 128, ... that fits.
+
+    how  further arguments of `Encoder`
+    """
     if device.type != "cuda":
         return CPU_BATCH
     for batch in CUDA_BATCHES:
         try:
-            Encoder(autoencoder, device, batch, steps).check_shape(patch_px)
+            Encoder(autoencoder, device, batch, *how).check_shape(patch_px)
             return batch
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()

@@ -1,12 +1,13 @@
 """Planned shards made: regions to pixels, those to codes, codes written, the same bytes every time.
 
-Pixels are read in threads, ahead of the encoder and never far ahead. Batches are full, in fp32,
-without TF32, by deterministic kernels. Blocks are written in a thread of their own.
+Pixels are read in threads, ahead of the encoder and never far ahead. Batches are full, without
+TF32, by deterministic kernels. Blocks are written in a thread of their own.
 """
 # B encode batch, N patches given, C latent channels, h w latent cells
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -141,30 +142,42 @@ class Encoder:
     a threshold: so every batch is full, and its size is recorded.
 
     steps  of `refining.refine` before codes are made
+    dtype  that the encoder computes in; decodings, as of golden patches, are in float32
     """
 
     def __init__(
-        self, autoencoder: Autoencoder, device: torch.device, batch: int, steps: int = 0
+        self,
+        autoencoder: Autoencoder,
+        device: torch.device,
+        batch: int,
+        steps: int = 0,
+        dtype: str = "float32",
     ) -> None:
         self.autoencoder: Autoencoder = autoencoder.to(device, torch.float32)
+        self.encoding = self.autoencoder
+        if dtype != "float32":  # the decoder's weights keep all their digits
+            self.encoding = copy.deepcopy(self.autoencoder).to(dtype=getattr(torch, dtype))
         self.device, self.batch, self.steps = device, batch, steps
         self.shapes: dict[tuple[int, int], tuple[int, int, int]] = {}
 
     def latents(self, pixels: np.ndarray) -> Tensor:
         """Latents float32 (N, C, h, w) on the device of uint8 (N, H, W, 3), N <= the batch size."""
-        images = to_images(pixels, self.batch, self.device)
+        return self.encode(to_images(pixels, self.batch, self.device))[: len(pixels)]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents float32 (B, C, h, w) of images (B, 3, H, W) in [0, 1]."""
         with exact_arithmetic():
-            return self.autoencoder.encode(images)[: len(pixels)]
+            return self.encoding.encode(images).float()
 
     def codes(self, pixels: np.ndarray, codebook: AnyCodebook) -> np.ndarray:
         """Codes uint8 (N, *codes_shape) of uint8 (N, H, W, 3)."""
         if not self.steps:
             return codebook.quantize(self.latents(pixels)).cpu().numpy()
         images = to_images(pixels, self.batch, self.device)
+        latents = self.encode(images)
+        if self.device.type == "cpu":  # refined one by one: what fills the batch up is spared
+            latents, images = latents[: len(pixels)], images[: len(pixels)]
         with exact_arithmetic():
-            latents = self.autoencoder.encode(images)
-            if self.device.type == "cpu":  # refined one by one: what fills the batch up is spared
-                latents, images = latents[: len(pixels)], images[: len(pixels)]
             refined = refine(latents, images, self.autoencoder, codebook, self.steps)
         return codebook.quantize(refined)[: len(pixels)].cpu().numpy()
 
@@ -177,9 +190,9 @@ class Encoder:
             return self.shapes[patch_px]
         card, is_cpu = self.autoencoder.card, self.device.type == "cpu"
         black = torch.zeros(1 if is_cpu else self.batch, 3, *patch_px, device=self.device)
-        with exact_arithmetic():
-            latents = self.autoencoder.encode(black)
-            if self.steps and not is_cpu:
+        latents = self.encode(black)
+        if self.steps and not is_cpu:
+            with exact_arithmetic():
                 error_gradient(latents, black, self.autoencoder)
         shape = tuple(latents.shape[1:])
         expected = (card.channels, *latent_cells(patch_px, card.factor))

@@ -86,8 +86,8 @@ class Job:
         """The encoder on this process's device, with the driver's threads and batch."""
         torch.set_num_threads(self.made["threads"])
         device = choose_device(self.config.device)
-        batch = self.made["encode_batch"]
-        return Encoder(self.autoencoder, device, batch, self.config.refine)
+        batch, config = self.made["encode_batch"], self.config
+        return Encoder(self.autoencoder, device, batch, config.refine, config.encode_dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -223,7 +223,8 @@ def facts(manifest: Manifest) -> dict[str, str]:
     tables = sum(int(entry.get("bytes") or 0) for entry in manifest.tables.values())
     books = [f"{book.summary}, {book.kind}" for book in manifest.codebooks]
     origin = markdown(made["codebook"].get("origin") or "origin not recorded")
-    steps = (made.get("options") or {}).get("refine")
+    options = made.get("options") or {}
+    steps, dtype = options.get("refine"), options.get("encode_dtype")
     return {
         "patches": f"{manifest.patches:,} in {manifest.packs:,} packs",
         "shards": f"{len(manifest.shards):,}, {stored / 1e6:,.1f} MB",
@@ -236,6 +237,7 @@ def facts(manifest: Manifest) -> dict[str, str]:
         "latent_id": code_span(contract.latent_id),
         "decoder_id": code_span(contract.decoder_id),
         **({"refined": code_span(f"{steps} gradient steps a patch")} if steps else {}),
+        **({"encoded in": code_span(dtype)} if dtype else {}),
         "codebook_id": ", ".join(f"`{book.codebook_id}`" for book in manifest.codebooks),
         "dataset_id": f"`{manifest.dataset_id}`",
     }

@@ -298,7 +298,7 @@ def parse_made(record: Any) -> dict[str, Any]:
     made["left_out"] = [dict(entry) for entry in made.get("left_out", [])]
     check_kinds(made, MADE_KINDS, "made.")
     check_kinds(made["codebook"], CODEBOOK_KINDS, "made.codebook.")
-    check_kinds(made.get("options") or {}, {"refine": int}, "made.options.")
+    check_kinds(made.get("options") or {}, {"refine": int, "encode_dtype": str}, "made.options.")
     for entry in made["left_out"]:
         if not all(isinstance(entry.get(name), str) for name in ("source", "reason")):
             raise ValueError(f"left_out has {str(entry)[:80]}, not source and reason")

@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from latentds_tools.bench.harness import Case, run_cases
@@ -24,6 +24,8 @@ class Config:
     """Folder of pictures of one size."""
     autoencoder: str = "tiny-v2"
     """Name or local folder, as for convert."""
+    encode_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers that the encoder computes with, as for convert."""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     rounds: int = 3
@@ -67,6 +69,7 @@ def measure(config: Config) -> dict[str, Any]:
             out=Path(folder) / "out",
             labels=False,
             autoencoder=config.autoencoder,
+            encode_dtype=config.encode_dtype,
             device=config.device,
         )
         plan = make_plan(settings)

@@ -123,7 +123,7 @@ class TooManyBadSamplesError(LatentdsError):
     """More unreadable inputs than the budget allows."""
 
 
-def no_folder(path: object) -> FileNotFoundError:
+def no_folder(path: object, wanted: str = "folder") -> FileNotFoundError:
     """The error of a folder that is not there; of a location, with how to have one."""
     hint = ""
     if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):  # pathlib leaves one slash of two
@@ -133,7 +133,7 @@ def no_folder(path: object) -> FileNotFoundError:
         )
     if Path(str(path)).is_file():
         return FileNotFoundError(f"{path}: is a file; name a folder")
-    return FileNotFoundError(f"{path}: no such folder{hint}")
+    return FileNotFoundError(f"{path}: no such {wanted}{hint}")
 
 
 def unopened(path: object, error: OSError) -> FormatError:

@@ -18,7 +18,7 @@ from latentds.evaluation.features.feature_files import FeatureFile
 from latentds.sources import source
 from latentds.sources.coordinates import read_coordinates
 from latentds.sources.csv_tables import read_table
-from latentds.sources.image_folder import picture_suffixes, walk
+from latentds.sources.image_folder import list_pictures, picture_suffixes, walk
 from latentds.sources.parquet_files import has_pictures, read_footer
 from latentds.sources.picture_files import read_header
 from latentds.sources.picture_tables import read_table as read_picture_table
@@ -114,6 +114,8 @@ def test_a_folder_with_a_pipe_or_a_socket_is_refused_by_its_name(tmp_path):
     os.mkfifo(tmp_path / "x.svs")
     with pytest.raises(InputError, match=r"x\.svs: a named pipe"):
         list(walk(tmp_path))
+    with pytest.raises(InputError, match=r"x\.svs: a named pipe"):
+        list_pictures(tmp_path / "x.svs")
     (tmp_path / "x.svs").unlink()
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "s.png"))

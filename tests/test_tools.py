@@ -270,7 +270,7 @@ def test_fit_codebook_makes_an_additive_codebook_of_the_bytes_asked_for(pictures
         (["info", "nowhere"], "nowhere: no such folder"),
         (["verify", "nowhere"], "nowhere: no such folder"),
         (["verify", "hf://datasets/org/set"], "reads folders: 'latentds fetch ORG/NAME --out DIR'"),
-        (["convert", "nowhere", "--out", "o"], "nowhere: no such folder"),
+        (["convert", "nowhere.zip", "--out", "o"], "nowhere.zip: no such file or folder"),
         (
             ["convert", ".", "--out", "o", "--levels", "999"],
             "--levels 999 is not between 2 and 256",

@@ -86,8 +86,10 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
 
     [split/][class/[slide/...]]picture: top folders are splits when all of them have split names.
     """
-    if not (root.is_dir() or root.is_file()):
-        raise no_folder(root)
+    if not root.exists():
+        raise no_folder(root, "file or folder")
+    if not root.is_dir():
+        check_regular(root, str(root))
     suffixes = picture_suffixes()
     found: list[str] = []
     ignored: list[str] = []

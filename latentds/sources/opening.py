@@ -55,7 +55,7 @@ def open_source(options: SourceOptions) -> Source:
     )
     source = next((source for source in found if source is not None), None)
     if source is None:
-        raise no_folder(options.source)
+        raise no_folder(options.source, "file or folder")
     if options.regions is not None and not source.has_looks:
         raise InputError(
             f"--regions {options.regions} is of slides, {options.source} is {source.kind}; leave it"

@@ -257,7 +257,7 @@ def picture_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise no_folder(path)
+        raise no_folder(path, "file or folder")
     suffixes, found = picture_suffixes(), (path / name for name in walk(path))
     return sorted(file for file in found if file.suffix.lower() in suffixes)
 

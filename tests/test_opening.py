@@ -130,8 +130,9 @@ def test_a_pipe_that_a_table_names_is_a_bad_picture(tmp_path):
         make_plan(ConvertConfig(source=tmp_path / "t.csv", out=tmp_path / "out"))
 
 
-def test_a_broken_link_is_a_picture_that_cannot_be_read(tmp_path):
-    (tmp_path / "x.png").symlink_to(tmp_path / "nowhere")
+@pytest.mark.parametrize("target", ["nowhere", "x.png"])
+def test_a_link_to_nothing_or_itself_is_a_picture_that_cannot_be_read(tmp_path, target):
+    (tmp_path / "x.png").symlink_to(tmp_path / target)
     assert list(walk(tmp_path)) == ["x.png"]
     with pytest.raises(InputError, match="cannot be read"):
         read_header(tmp_path / "x.png", 10**6)

@@ -255,6 +255,14 @@ def test_hidden_pictures_are_told(tmp_path):
     assert found.notes == (told,)
 
 
+def test_files_that_are_named_as_no_picture_are_told(tmp_path):
+    save_pictures(tmp_path / "in/a", 1)
+    for name in ("x.heic", "bare", "notes.txt", "p000.XML"):
+        (tmp_path / "in/a" / name).write_bytes(b"")
+    told = "not taken, as their names are no picture's: 'a/bare', 'a/x.heic'"
+    assert listed(tmp_path / "in").notes == (told,)
+
+
 ROWS = ["a,train", ",train", "b,train", ",train", ",test"]
 
 

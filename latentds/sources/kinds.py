@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -11,13 +11,14 @@ from latentds.codecs.formats import DECODE_ERRORS
 from latentds.core.storage import open_picture, open_regular
 from latentds.errors import InputError
 from latentds.sources.image_folder import picture_suffixes
+from latentds.sources.slide_names import some
 
 # OpenSlide's own, slides even where they cannot be read; of all others OpenSlide is asked.
 SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".zvi", ".czi"}
 MAYBE = {".tif", ".tiff"}  # slides where they are tiled pyramids
 NEVER = {
-    *(".csv", ".tsv", ".txt", ".json", ".jsonl", ".xml", ".geojson", ".parquet", ".tar", ".gz"),
-    *(".zip", ".h5", ".pt", ".pth", ".npy", ".npz", ".md", ".pdf", ".html", ".yaml", ".xlsx"),
+    *(".csv", ".tsv", ".xls", ".xlsx", ".json", ".jsonl", ".xml", ".geojson", ".parquet", ".tar"),
+    *(".gz", ".zip", ".h5", ".pt", ".pth", ".npy", ".npz", ".txt", ".md", ".pdf", ".html", ".yaml"),
 }
 PATCH_PX = 512  # a lone tiled TIFF up to this edge is a patch
 LARGEST_PATCH_PX = 8192  # --patch-size goes no further
@@ -118,6 +119,13 @@ def choose(root: Path, found: Kinds) -> tuple[bool, tuple[str, ...]]:
         f"{other} takes them for the other"
     )
     return is_slides, (note,)
+
+
+def note_strange(paths: Iterable[str]) -> tuple[str, ...]:
+    """Files named neither as pictures nor as what lies beside them, for people."""
+    known = picture_suffixes() | NEVER
+    found = [path for path in paths if PurePosixPath(path).suffix.lower() not in known]
+    return (f"not taken, as their names are no picture's: {some(found)}",) if found else ()
 
 
 def one_a_series(root: Path, paths: Sequence[str], opened: Any) -> dict[str, str]:

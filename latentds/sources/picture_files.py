@@ -25,6 +25,7 @@ from latentds.sources.image_folder import (
     note_numbers,
     with_path_fields,
 )
+from latentds.sources.kinds import note_strange
 from latentds.sources.names import name_fields
 from latentds.sources.picture import (
     Header,
@@ -83,6 +84,7 @@ class PictureFiles(Source):
         found = with_labelled(list_pictures(options.source, options.labels, options.split_folders))
         if found.others:  # tables may be among them
             found = with_tables(self.root, found, found.others, options.labels)
+            found = dataclasses.replace(found, notes=(*found.notes, *note_strange(found.others)))
         lack, way = "lie in no class folder", "move them into one"
         tables = [path for path in found.others if PurePosixPath(path).name in READ | PAIRS]
         if tables:

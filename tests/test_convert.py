@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 
 from latentds.autoencoders.autoencoder import pad_to_factor
+from latentds.conversion.conversion_plan import make_plan
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.errors import InputError
 from latentds.quantizers.scalar import quantize
+from latentds.sources.picture import ORIENTATION
+from latentds.sources.picture_files import read_header
 from latentds.store.reader import ShardSet
 from latentds.store.verification import verify
 from tests.conftest import convert_with_mean, save_pictures, smooth_picture
@@ -182,6 +185,23 @@ def test_other_8_bit_modes_are_converted_and_counted(tmp_path, mode):
     )
     manifest = convert_with_mean(tmp_path / "in", tmp_path / "out")
     assert manifest.patches == 3 and manifest.made["converted_to_rgb"] == {mode: 1}
+
+
+@pytest.mark.parametrize(("suffix", "is_told"), [("jpg", True), ("png", True), ("tif", False)])
+def test_an_orientation_that_is_not_applied_is_told(tmp_path, caplog, suffix, is_told):
+    save_pictures(tmp_path / "in", 2)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6  # a quarter turn; a TIFF's is applied when it is read
+    Image.fromarray(smooth_picture(9)).save(tmp_path / f"in/q.{suffix}", exif=exif)
+    caplog.set_level("INFO", "latentds")
+    plan = make_plan(ConvertConfig(source=tmp_path / "in", out=tmp_path / "out"))
+    note = f"EXIF orientation, which is not applied, is in 1 of 3 headers: 'q.{suffix}'"
+    assert plan.notes == ((note,) if is_told else ()) and (note in caplog.text) == is_told
+
+
+def test_exif_that_cannot_be_read_loses_no_picture(tmp_path):
+    Image.fromarray(smooth_picture(9)).save(tmp_path / "q.png", exif=b"Exif\0\0none")
+    assert read_header(tmp_path / "q.png", 10**6).orientation == 1
 
 
 def test_source_encoding_is_recorded_with_jpeg_quality(tmp_path):

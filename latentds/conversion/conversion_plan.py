@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 import operator
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -20,9 +21,11 @@ from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.image_folder import half_labelled, walk
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import MASK_SUFFIXES, MIXED_CHUNKS, Header, Listing, Picture
+from latentds.sources.slide_names import some
 from latentds.sources.source import PatchReader, Source
 from latentds.store.format import shard_name
 
+logger = logging.getLogger(__name__)
 BLOCK_PATCHES = 256  # at least so many patches between two points a killed run resumes from
 BAD_NAMED = 5
 REGION_DTYPE = np.dtype([("picture", "<u4"), ("x", "<i4"), ("y", "<i4")])
@@ -48,7 +51,7 @@ class PlannedShard:
 
 # `dataclasses.astuple` copies what it goes through: four times as long a patch.
 PICTURE_FACTS, HEADER_FACTS = (
-    operator.attrgetter(*(field.name for field in dataclasses.fields(kind)))
+    operator.attrgetter(*(field.name for field in dataclasses.fields(kind) if field.compare))
     for kind in (Picture, Header)
 )
 
@@ -155,7 +158,7 @@ def make_plan(config: ConvertConfig, source: Source | None = None) -> Plan:
         splits={},
         bad=bad,
         ignored=listing.ignored,
-        notes=listing.notes,
+        notes=listing.notes + note_turned(pictures, headers),
         classes=listing.classes,
     )
     check_labels(plan, config)
@@ -195,6 +198,22 @@ def read_headers(
     if not good:
         raise none_readable(config, bad)
     return tuple(p for p, _ in good), tuple(h for _, h in good), bad
+
+
+def note_turned(pictures: Sequence[Picture], headers: Sequence[Header]) -> tuple[str, ...]:
+    """That pictures are stored as their files have them, for people; nothing where none is turned.
+
+    It is logged as the notes of a listing are.
+    """
+    turned = [p.source for p, h in zip(pictures, headers, strict=True) if h.orientation != 1]
+    if not turned:
+        return ()
+    note = (
+        f"EXIF orientation, which is not applied, is in {len(turned):,} of {len(pictures):,} "
+        f"headers: {some(turned)}"
+    )
+    logger.info("%s", note)
+    return (note,)
 
 
 def none_readable(config: ConvertConfig, bad: Collection[LeftOut]) -> InputError:

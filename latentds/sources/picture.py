@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,6 +17,7 @@ from latentds.core.storage import open_picture
 from latentds.errors import UnusableError
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
+ORIENTATION = 274  # EXIF tag; 2 to 8 are turned or mirrored
 Regions = Sequence[tuple[int, int]]  # x and y of patches in their picture's own pixels
 MIXED_CHUNKS = 4  # pictures of so many chunks are shuffled among each other
 
@@ -57,6 +59,7 @@ class Header:
     encoding    how it is coded, for example png or jpeg:q=75:4:2:0
     bytes       of the file
     mask_bytes  of its mask's file, 0 for none
+    orientation of EXIF, which is not applied; 1 for none
     """
 
     size_px: tuple[int, int]
@@ -64,6 +67,7 @@ class Header:
     encoding: str
     bytes: int
     mask_bytes: int = 0
+    orientation: int = dataclasses.field(default=1, compare=False)  # no part of an identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,18 @@ class Listing:
     notes: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Orientation of an opened picture with EXIF, 1 where it has none or it cannot be read.
+
+    A TIFF's is no such EXIF: Pillow applies it.
+    """
+    try:
+        found: Any = image.getexif().get(ORIENTATION)
+    except DECODE_ERRORS:  # no reason to lose a picture
+        return 1
+    return found if found in range(2, 9) else 1
 
 
 def find_mask(folder: Path, source: str, size_px: tuple[int, int]) -> Path:

@@ -34,6 +34,7 @@ from latentds.sources.picture import (
     Regions,
     find_mask,
     first_line,
+    orientation_of,
     read_mask,
 )
 from latentds.sources.side_tables import PAIRS, READ, with_tables
@@ -271,9 +272,9 @@ def read_header(file: Path | BinaryIO, max_px: int) -> Header:
     """Size, mode and coding, no pixel decoded, of a path or an open file; raises as `opened`."""
     with opened(file, max_px, "read") as image:
         check_depth(image)
-        size_px, encoding = (image.height, image.width), describe_encoding(image)
         size = file.stat().st_size if isinstance(file, Path) else file.seek(0, io.SEEK_END)
-        return Header(size_px, image.mode, encoding, size)
+        turn = orientation_of(image) if "exif" in image.info else 1
+        return Header(image.size[::-1], image.mode, describe_encoding(image), size, 0, turn)
 
 
 def read_picture(file: Path | BinaryIO, max_px: int) -> tuple[np.ndarray, str]:

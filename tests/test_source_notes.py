@@ -53,6 +53,15 @@ def test_a_patient_in_two_splits_is_told_by_slides(tmp_path, columns, cells):
     assert "--split-patients" in told and "Bob" not in told
 
 
+@pytest.mark.parametrize("column", ["slide", "patient"])
+def test_a_table_of_slides_that_are_not_here_is_refused_with_one_of_each(tmp_path, column):
+    table = picture_table(tmp_path / "in", "slide", ["a", "b", "b"])
+    (tmp_path / "s.csv").write_text(f"{column},label\nx,p\ny,q\n")
+    words = rf"s\.csv: no {column} in it is of .* it has 'x', 'y', here are 'a', 'b'; take"
+    with pytest.raises(InputError, match=words):
+        listed(table, slide_table=tmp_path / "s.csv")
+
+
 @pytest.mark.parametrize("option", ["splits", "slide_table"])
 def test_tables_of_slides_tell_patients_in_two_splits(tmp_path, option):
     table = picture_table(tmp_path / "in", "slide", ["a", "b", "c"])
@@ -308,7 +317,7 @@ def tar_with_a_gap(path: Path) -> Path:
 )
 def test_a_sample_without_a_label_is_told_what_it_lacks(tmp_path, options, way):
     root = tar_with_a_gap(tmp_path / "in")
-    (tmp_path / "s.csv").write_text("slide,label\nx,a\n")
+    (tmp_path / "s.csv").write_text("slide,label\na.tar/1.png,a\n")
     options = {k: tmp_path / v if k == "slide_table" else v for k, v in options.items()}
     config = ConvertConfig(source=root, out=tmp_path / "out", **options)
     with pytest.raises(InputError, match=rf"1 of 3 pictures.*\(first: a\.tar/2\.png\); .*{way}"):

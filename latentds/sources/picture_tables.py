@@ -208,6 +208,7 @@ def apply_slide_table(
     """The pictures with what the table says of their slide or patient, and notes for people.
 
     is_split_file  whether every picture needs a split in it: InputError for one that has none
+    raises         InputError for a table of which no row is used
     """
     index = NameIndex(list(table.facts))
     changed, places, bare = [], dict[tuple[str | None, ...], int | None](), dict[str, None]()
@@ -230,6 +231,11 @@ def apply_slide_table(
     seen = {place for place in places.values() if place is not None}
     lost = [name for place, name in enumerate(index.names) if place not in seen]
     kind = "slides" if any(picture.slide for picture in pictures) else "pictures"
+    if not seen:
+        raise InputError(
+            f"{table.path}: no {table.by} in it is of one of the {kind} here: it has {some(lost)}, "
+            f"here are {some(list(bare))}; take the table of these {kind}, or name them as they are"
+        )
     told = {f"{kind} are not in it": list(bare), f"of its rows are of no {kind[:-1]} here": lost}
     notes = [f"{table.path.name}: {len(names):,} {words}: {some(names)}"
              for words, names in told.items() if names]  # fmt: skip

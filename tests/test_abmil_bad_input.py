@@ -72,9 +72,9 @@ def damage_nan(job: Path) -> None:
     ("spoil", "error", "words"),
     [
         (lambda job: edit_labels(job, "p8,s17.svs,ILC\n", ""), InputError,
-         r"labels\.csv: 1 slides have no label: 's17'"),
+         r"labels\.csv: 1 slide has no label: 's17'"),
         (lambda job: edit_labels(job, "p8,s17.svs,ILC\n", "p8,s17.svs,ILC\np9,s99.svs,ILC\n"),
-         InputError, r"labels are of slides that are not there: 's99\.svs'"),
+         InputError, r"label is of a slide that is not there: 's99\.svs'"),
         (lambda job: edit_labels(job, "p8,s17.svs,ILC\n", "p8,s17.svs,DCIS\n"), InputError,
          r"class 'DCIS' is in one group only \('p8'\)"),
         (lambda job: edit_labels(job, "ILC", "IDC"), InputError, "all items are of one class"),

@@ -240,7 +240,7 @@ def test_slides_left_out_of_the_features_are_told(run, original_run, tmp_path):
     options: dict[str, Any] = {"bags": features, "labels": tmp_path / "labels.csv", "epochs": 1}
     options |= {"embedder": None, "folds": 2, "select": "last"}
     record = read_record(run(None, tmp_path / "two", **options))
-    assert record.notes == ["1 slides have no features: 's99'."]
+    assert record.notes == ["1 slide has no features: 's99'."]
 
 
 def test_labels_may_lie_in_the_place_of_those_that_features_wrote(run, original_run, tmp_path):
@@ -325,17 +325,13 @@ def test_patches_without_slides_are_refused(run, tiles, tmp_path):
 
 def test_slides_of_two_labels_are_refused(run, tiles, tmp_path):
     (tiles / "tumour" / "s03_y0_x0.png").rename(tiles / "stroma" / "s03_y0_x0.png")
-    with pytest.raises(
-        InputError, match="1 slides have no label that all their patches share: 's03'"
-    ):
+    with pytest.raises(InputError, match="1 slide has no label that all patches share: 's03'"):
         run(tiles, tmp_path / "run", name_pattern=PATTERN)
 
 
 def test_slides_without_labels_are_refused(run, tiles, tmp_path):
     options: dict[str, Any] = {"name_pattern": PATTERN, "use_labels": False}
-    with pytest.raises(
-        InputError, match="12 slides have no label that all their patches share: 's00'"
-    ):
+    with pytest.raises(InputError, match="12 slides have no label that all patches share: 's00'"):
         run(tiles, tmp_path / "run", **options)
 
 

@@ -209,7 +209,7 @@ def test_records_that_cannot_be_used_count_as_bad(tmp_path, fields, message):
         (["k.png", "k.png"], "k.png: there twice"),
         (["k.png", "k.jpg"], "have one key"),
         (["k.png", "k.seg.png"], "k.seg.png is a second picture of sample 'k'"),
-        (["k.txt"], "no picture in them"),
+        (["k.txt"], "no picture in 1 tar "),
     ],
 )
 def test_archives_of_unclear_content_are_refused(tmp_path, names, message):

@@ -172,7 +172,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 def test_differing_sizes_offer_the_ways_out(pictures, tmp_path):
     save_pictures(pictures / "tumour" / "big", 1, edge=64)
     with pytest.raises(
-        InputError, match=r"32x32 \(33 files.*64x64 \(1 files.*--resize, --tile or --pad"
+        InputError, match=r"32x32 \(33 files.*64x64 \(1 file,.*--resize, --tile or --pad"
     ):
         convert_with_mean(pictures, tmp_path / "out")
 

@@ -16,6 +16,7 @@ from latentds.core.display import (
     html_text,
     lines,
     markdown,
+    number_of,
     say,
     visible,
 )
@@ -42,6 +43,14 @@ def test_plain_names_stay_as_they_are(text):
 def test_texts_of_nested_values_are_made_visible():
     values = {"a\x1b": ["b\x07", 3, None], "c": {"d": "\r"}}
     assert visible(values) == {"a\\x1b": ["b\\x07", 3, None], "c": {"d": "\\r"}}
+
+
+@pytest.mark.parametrize(
+    ("count", "told"), [(0, "0 patches"), (1, "1 patch"), (2, "2 patches"), (1234, "1,234 patches")]
+)
+def test_what_is_counted_stands_in_its_number(count, told):
+    assert number_of(count, "patch", "patches") == told
+    assert number_of(count, "slide") == told.replace("patches", "slides").replace("patch", "slide")
 
 
 def test_halves_of_characters_are_printed(capsys):

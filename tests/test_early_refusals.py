@@ -84,6 +84,6 @@ def test_labels_that_do_not_fit_are_told_before_features_are_made(tmp_path):
         data=tmp_path / "in", name_pattern=r"(?P<slide>s\d)/", embedder="efficientnet-lite0",
         labels=tmp_path / "labels.csv", folds=2, out=tmp_path / "out",
     )  # fmt: skip
-    with pytest.raises(InputError, match="labels are of slides that are not there"):
+    with pytest.raises(InputError, match="1 label is of a slide that is not there"):
         BagTask(config)
     assert not (tmp_path / "out").exists()

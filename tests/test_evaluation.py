@@ -125,7 +125,7 @@ def test_items_that_are_their_own_groups_are_stratified_exactly() -> None:
         ([0, 0, 0, 1], ["p", "q", "r", "r"], 3, r"class 'b' is in one group only \('r'\)"),
         ([0, 0, 0, 1, 1], ["p", "q", "r", "r", "q"], 3, "class 'b' is in 2 groups .* at most 2"),
         ([0, 0, 0], ["p", "q", "r"], 3, "one class"),
-        ([0, -1, 1], ["p", "q", "r"], 3, "1 items have no label"),
+        ([0, -1, 1], ["p", "q", "r"], 3, "1 item has no label"),
         ([0, 0, 1, 1], ["p", "q", "p", "q"], 2, "2 folds; at least 3"),
         ([0, 1], ["p"], 3, "2 labels for 1 groups"),
     ],
@@ -219,8 +219,8 @@ SPLITS = ",train,val,test\n0,s1,s3,s4\n1,s2,,\n"
 @pytest.mark.parametrize(
     ("text", "slides", "message"),
     [
-        (SPLITS, "s1 s2 s3", "1 slides are not there: 's4'"),
-        (SPLITS, "s1 s2 s3 s4 s5", "1 slides are in no fold: 's5'"),
+        (SPLITS, "s1 s2 s3", "1 slide is not there: 's4'"),
+        (SPLITS, "s1 s2 s3 s4 s5", "1 slide is in no fold: 's5'"),
         (",train,val,test\n0,s1,s1,s4\n", "s1 s4", "slide 's1' is in train and in val"),
         (",train,val,test\n0,s1,,\n", "s1", "train and test need some"),
         ("slide_id,part\ns1,train\n", "s1", "neither train, val, test nor fold_0"),
@@ -353,7 +353,7 @@ def test_groups_come_from_a_table_by_slide_or_by_file(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("slide,patient\na,p\n", "column 'slide' lacks 1 items: 'b'"),
+        ("slide,patient\na,p\n", "column 'slide' lacks 1 item: 'b'"),
         ("slide,patient\na,p\na,q\nb,p\n", "line 3: 'a' has the patient 'q', before it had 'p'"),
         ("slide,patient\na,\nb,p\n", "line 2: 'slide' is 'a' and 'patient' is ''"),
         ("slide,core\na,p\n", r"no column for groups \(group, patient"),
@@ -396,7 +396,7 @@ def test_labels_meet_their_slides(labels_csv: Path) -> None:
     ("slides", "message"),
     [
         (["s1", "s2"], r"2 labels are of slides that are not there: 's3.svs', 's4.svs'"),
-        (["s1", "s2", "s3", "s4", "s5"], "1 slides have no label: 's5'"),
+        (["s1", "s2", "s3", "s4", "s5"], "1 slide has no label: 's5'"),
     ],
 )
 def test_labels_without_slides_and_the_reverse_are_refused_unless_a_subset_is_asked_for(
@@ -489,10 +489,10 @@ def test_slides_whose_label_is_empty_have_none(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("slide_id,case_id,label\ns1,p1,a\ns2,p1,\ns3,p2,b\n")
     table = read_labels(path)
-    with pytest.raises(InputError, match="1 slides have no label: 's2'. Mend the table, or pass"):
+    with pytest.raises(InputError, match="1 slide has no label: 's2'. Mend the table, or pass"):
         match_labels(table, ["s1", "s2", "s3"])
     found = match_labels(table, ["s1", "s2", "s3"], allow_subset=True)
-    assert found.slides == ["s1", "s3"] and found.notes == ["1 slides have no label: 's2'"]
+    assert found.slides == ["s1", "s3"] and found.notes == ["1 slide has no label: 's2'"]
 
 
 def test_a_slide_with_two_labels_is_refused(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_the_table_of_an_extracted_folder_keeps_all(tmp_path):
     convert_with_mean(tmp_path / "in/own.csv", tmp_path / "set")
     extract(tmp_path / "set", tmp_path / "png", autoencoder=MeanAutoencoder())
     (note,) = (note for note in listed(tmp_path / "png")[1].notes if "not read" in note)
-    assert "'table.csv' (1 rows); --slide-table reads one, or convert it itself" in note
+    assert "'table.csv' (1 row); --slide-table reads one, or convert it itself" in note
     convert_with_mean(tmp_path / "png/table.csv", tmp_path / "again")
     again, before = ShardSet(tmp_path / "again"), ShardSet(tmp_path / "set")
     assert (again.manifest.classes, again.manifest.slides) == (("IDC / grade 2",), ("s 1",))

@@ -268,7 +268,7 @@ def test_a_truncated_file_is_named(tmp_path, kept):
 
 def test_slides_that_fail_are_named_and_counted(tmp_path):
     patches = SmallPatches(SIZES, broken={"b": 9})
-    with pytest.raises(TooManyBadSamplesError, match=r"1 slides failed.*b: b.tar: damaged"):
+    with pytest.raises(TooManyBadSamplesError, match=r"1 slide failed.*b: b.tar: damaged"):
         extract(tmp_path / "none", patches)
     found = extract(tmp_path / "one", patches, options=FeatureOptions(batch_size=4, max_bad=1))
     assert found.bad == {"b": "b.tar: damaged"} and found.slides == ["a", "c.1"]

@@ -134,7 +134,7 @@ def test_a_broken_picture_fails_its_slide_alone(work, tmp_path, capsys, caplog):
     path.write_bytes(path.read_bytes()[:200])
     more = ("--name-pattern", PATTERN, "--no-use-labels")
     error = call(capsys, words_of(work, tmp_path, *more, data="broken"), 1)
-    assert "1 slides failed, --max-bad is 0: slide.1: " in error and "p003.png" in error
+    assert "1 slide failed, --max-bad is 0: slide.1: " in error and "p003.png" in error
     call(capsys, words_of(work, tmp_path, *more, "--max-bad", 1, data="broken"), 3)
     assert "slide slide.1 left out" in caplog.text
     assert FeatureFolder(tmp_path).slides == ["slide.0", "slide.2"]

@@ -100,7 +100,7 @@ def test_the_default_config_of_a_card_wins_and_what_it_leaves_is_told(tmp_path, 
     _, found = listed(tmp_path / "in" / inside)
     assert sorted(picture.split for picture in found.pictures) == ["test", "train", "val"]
     assert "splits of its config 'internal'" in found.notes[0]
-    assert "1 files that this config does not name" in found.notes[1]
+    assert "1 file left out, not named by this config" in found.notes[1]
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_spider_has_its_splits_classes_and_slides_and_tells_of_what_lies_around(
     ]
     notes = listed(tmp_path / "in")[1].notes
     assert "metadata.json: columns not used: context_info" in notes
-    assert any(note.startswith("2 pictures are left out") for note in notes)
+    assert any(note.startswith("2 pictures left out") for note in notes)
 
 
 # The same after its convert_to_imagenet.py: split/class/slide/picture.

@@ -79,7 +79,7 @@ def test_a_finished_set_that_left_out_more_than_is_allowed_is_told(source, tmp_p
     whole = (source / "a" / "p001.png").read_bytes()
     (source / "a" / "p001.png").write_bytes(whole[:-40])  # its header can be read
     convert_with_mean(source, tmp_path / "out", max_bad=1)
-    with pytest.raises(InputError, match="left out 1 pictures, --max-bad is 0; raise it"):
+    with pytest.raises(InputError, match="left out 1 picture, --max-bad is 0; raise it"):
         convert_with_mean(source, tmp_path / "out")
     convert_with_mean(source, tmp_path / "out", max_bad=1)
 

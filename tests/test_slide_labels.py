@@ -88,7 +88,7 @@ def test_slides_without_a_label_ask_for_a_table(features, tmp_path):
 
     copy = Path(shutil.copytree(features, tmp_path / "features"))
     note_labels(copy, [NAMES[0]], {NAMES[0]: SlideLabel(NAMES[0], NAMES[0], "train", "")})
-    with pytest.raises(InputError, match=r"labels\.csv: 1 slides have no label .*give --labels"):
+    with pytest.raises(InputError, match=r"labels\.csv: 1 slide has no label .*give --labels"):
         run(copy, labels=None)
     (copy / FILE).unlink()
     with pytest.raises(InputError, match=r"labels\.csv: 12 slides have no label .*give --labels"):

@@ -104,7 +104,7 @@ def test_slides_of_coordinates_are_shown_with_what_was_dropped(tmp_path):
     (record,) = read_slide_records(tmp_path / "set")
     assert (record.places, record.patches, record.tissue) == (5, 3, None)
     assert record.left_out == (
-        "1 places reach beyond the slide (--edges drop)", "1 places are in its file twice",
+        "1 place beyond the edge of the slide (--edges drop)", "1 place twice in its file",
     )  # fmt: skip
     assert record.picture_jpeg is not None
 

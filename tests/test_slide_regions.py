@@ -119,7 +119,7 @@ def test_slides_without_regions_give_nothing_and_files_without_slides_are_told(f
     shards, _ = convert(folder / "in", folder / "out", regions=folder / "regions", **MPP)
     made = shards.manifest.made
     assert made["without_patches"] == [{"source": "c.tif", "reason": "has no file in --regions"}]
-    assert "--regions: 1 files are of no slide: 'other.geojson'" in made["source"]["notes"]
+    assert "--regions: 1 file of no slide: 'other.geojson'" in made["source"]["notes"]
 
 
 def test_coordinates_of_a_job_get_labels_too(folder):

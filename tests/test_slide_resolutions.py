@@ -83,7 +83,7 @@ def test_a_table_of_slides_overrules_files_and_folders(tmp_path):
     assert sizes == {"a": 64, "b": 128}
     notes = shards.manifest.made["source"]["notes"]
     assert "t.csv: columns not used: scanner" in notes
-    assert "t.csv: 1 slides are not in it: 'b'" in notes
+    assert "t.csv: 1 slide not in it: 'b'" in notes
 
 
 def test_originals_are_read_at_the_resolution_that_a_table_gave(tmp_path):
@@ -122,7 +122,7 @@ def test_a_slide_without_tissue_is_listed_with_its_reason(tmp_path):
 
 def test_slides_without_tissue_alone_are_refused_with_the_reason(tmp_path):
     write_blank(tmp_path / "in/pale.tif")
-    with pytest.raises(InputError, match=r"no patch in them \(pale.tif: no tissue"):
+    with pytest.raises(InputError, match=r"no patch in 1 picture \(pale.tif: no tissue"):
         convert(tmp_path / "in", tmp_path / "out", **MPP)
 
 

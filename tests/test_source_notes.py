@@ -48,7 +48,7 @@ def test_a_patient_in_two_splits_is_told_by_slides(tmp_path, columns, cells):
     table = picture_table(tmp_path / "in", columns, cells)
     slides = [cell.partition(",")[0] for cell in cells]
     (told,) = [note for note in listed(table).notes if "more than one split" in note]
-    assert told.startswith(f"1 patients are in more than one split (one has {slides[0]!r} in train "
+    assert told.startswith(f"1 patient is in more than one split (one has {slides[0]!r} in train "
                            f"and {slides[1]!r} in test)")  # fmt: skip
     assert "--split-patients" in told and "Bob" not in told
 
@@ -181,7 +181,7 @@ def test_other_folders_inside_tars_are_told(tmp_path, archives):
 def test_folders_of_patients_inside_tars_are_no_classes(tmp_path):
     tar_of(tmp_path / "in" / "all.tar", ["TCGA-3C-AALI/0.png", "TCGA-3C-AALJ/1.png"])
     found, notes = labels_of(tmp_path / "in")
-    assert {label for _, label in found.values()} == {None} and "no labels: the 2 folders" in notes
+    assert {label for _, label in found.values()} == {None} and "no labels: 2 folders are" in notes
 
 
 def test_labels_beside_pictures_and_of_a_pattern_count_more_than_folders(tmp_path):

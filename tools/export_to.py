@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 import tyro
 from latentds_tools.reports.commands import picked, show
 
+from latentds.core.display import number_of
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -46,4 +48,4 @@ def run(config: Config) -> None:
         given = picked(config, "latents", "overwrite")
         count = exporting.export_npy(*where, **given)
     summary = {"out": str(config.out), "patches": count}
-    show(summary, config.json, lambda _: f"{config.out}: {count:,} patches")
+    show(summary, config.json, lambda _: f"{config.out}: {number_of(count, 'patch', 'patches')}")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from latentds_tools.reports.commands import picked, show
 
+from latentds.core.display import number_of
 from latentds.core.storage import check_ranges
 
 
@@ -57,5 +58,8 @@ def run(config: Config) -> None:
         **picked(config, "quality", "split", "where", "autoencoder", "overwrite"),
     )
     summary = {"out": str(config.out), **counts}
-    text = f"{config.out}: {counts['written']:,} pictures written, {counts['found']:,} were there"
+    text = (
+        f"{config.out}: {number_of(counts['written'], 'picture')} written, {counts['found']:,} "
+        "there before"
+    )
     show(summary, config.json, lambda _: text)

@@ -9,6 +9,8 @@ from typing import Annotated
 import tyro
 from latentds_tools.reports.commands import show
 
+from latentds.core.display import number_of
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -41,7 +43,8 @@ def run(config: Config) -> None:
         "new_bytes": result.bytes,
     }
     text = (
-        f"{result.folder}: {result.manifest.patches:,} patches at commit {result.commit}; "
+        f"{result.folder}: {number_of(result.manifest.patches, 'patch', 'patches')} at commit "
+        f"{result.commit}; "
         f"{result.new} of {result.files} files fetched ({result.bytes:,} bytes), all checksums "
         "right"
     )

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from latentds_tools.reports.commands import show
 
-from latentds.core.display import visible
+from latentds.core.display import number_of, visible
 
 PREFETCHED = 2  # batches that each worker of a loader prepares ahead
 
@@ -114,7 +114,9 @@ def as_text(summary: dict[str, Any]) -> str:
         origin += f", and {codebook['more']} more beside it"
     slides = f"{summary['slides']:,}"
     if tcga := summary["tcga"]:
-        slides += f" (TCGA: {tcga['patients']:,} patients, {tcga['frozen_slides']:,} frozen)"
+        slides += (
+            f" (TCGA: {number_of(tcga['patients'], 'patient')}, {tcga['frozen_slides']:,} frozen)"
+        )
     lines = {
         "patches": f"{summary['patches']:,} of {width}x{height} px ({splits})",
         "labels": labels,
@@ -124,8 +126,9 @@ def as_text(summary: dict[str, Any]) -> str:
             for split, bits in summary["slide_entropy_bits"].items()
         )
         or "none",
-        "stored": f"{summary['bytes_per_patch']:,} bytes a patch; {summary['shards']} shards, "
-        f"{summary['packs']:,} packs, {megabytes(summary['shard_bytes'])} "
+        "stored": f"{summary['bytes_per_patch']:,} bytes a patch; "
+        f"{number_of(summary['shards'], 'shard')}, {number_of(summary['packs'], 'pack')}, "
+        f"{megabytes(summary['shard_bytes'])} "
         f"(container {summary['container_overhead']:+.2%}), "
         f"tables and golden patches {megabytes(summary['table_bytes'])}",
         "autoencoder": f"{card.get('name')} ({card.get('class_name')}, f{card.get('factor')}, "
@@ -137,7 +140,7 @@ def as_text(summary: dict[str, Any]) -> str:
         "resolution": ", ".join(
             f"{mpp} ({count:,})" for mpp, count in list(summary["mpp"].items())[:8]
         ),
-        "left out": f"{summary['left_out']} pictures",
+        "left out": number_of(summary["left_out"], "picture"),
         "refined": f"{summary['refine']} gradient steps a patch" if summary["refine"] else "no",
         "made with": made_text(summary["made"]),
         "loader memory": ", ".join(

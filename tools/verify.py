@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from latentds_tools.reports.commands import show
 
-from latentds.core.display import say, visible
+from latentds.core.display import number_of, say, visible
 
 if TYPE_CHECKING:
     from latentds.store.verification import Verification
@@ -56,7 +56,7 @@ def as_text(result: Verification) -> str:
     lines = []
     for level in result.levels:
         found = [f"  {visible(line)}" for where, line in result.problems if where == level]
-        word = f"{len(found)} problem(s)" if found else "ok"
+        word = number_of(len(found), "problem") if found else "ok"
         if level == "golden" and not found and any(NOT_DECODED in n for n in result.notes):
             word = "codes ok, not decoded"
         lines += [f"{level:<9} {word}", *found]

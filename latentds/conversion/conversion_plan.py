@@ -16,6 +16,7 @@ import numpy as np
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.workdir import LeftOut, record_of
+from latentds.core.display import number_of
 from latentds.core.storage import canonical_json
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.image_folder import half_labelled, walk
@@ -234,7 +235,7 @@ def check_budget(config: ConvertConfig, bad: Collection[LeftOut]) -> None:
         named = [f"{root / str(one)}: {one.detail}" for one in itertools.islice(bad, BAD_NAMED)]
         more = f"; and {len(bad) - BAD_NAMED} more" if len(bad) > BAD_NAMED else ""
         raise TooManyBadSamplesError(
-            f"{'; '.join(named)}{more}. {len(sources)} bad pictures, --max-bad is "
+            f"{'; '.join(named)}{more}. {number_of(len(sources), 'bad picture')}, --max-bad is "
             f"{config.max_bad}: raise it and run the same command again to go on without them, or "
             "repair or remove them and start anew with --overwrite"
         )
@@ -286,7 +287,7 @@ def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
     if not parts:
         reason = plan.source.empty_reason(plan.pictures[0])
         raise InputError(
-            f"{config.source}: {len(plan.pictures)} pictures, but no patch in them "
+            f"{config.source}: no patch in {number_of(len(plan.pictures), 'picture')} "
             f"({plan.pictures[0].source}: {reason})"
         )
     plan = dataclasses.replace(plan, regions=np.concatenate(parts), splits=splits)

@@ -37,7 +37,7 @@ from latentds.conversion.workdir import (
     prepare_output,
     write_input_stamp,
 )
-from latentds.core.display import left_out_text
+from latentds.core.display import left_out_text, number_of
 from latentds.core.processes import choose_device
 from latentds.core.storage import write_atomically
 from latentds.errors import FormatError, InputError
@@ -163,8 +163,8 @@ def finished_before(
     lost = len(manifest.made["left_out"])
     if lost > config.max_bad:
         raise InputError(
-            f"{config.out}: holds a finished data set that left out {lost} pictures, --max-bad is "
-            f"{config.max_bad}; raise it, or repair them and pass --retry"
+            f"{config.out}: holds a finished data set that left out {number_of(lost, 'picture')}, "
+            f"--max-bad is {config.max_bad}; raise it, or repair them and pass --retry"
         )
     changed_since = input_change(config, plan)
     if changed_since is not None:
@@ -264,7 +264,7 @@ def check_complete(
         raise none_readable(conversion.config, bad.values())
     if manifest.patches != expected:
         raise FormatError(
-            f"{conversion.config.out}: {manifest.patches} patches stored, {expected} were planned; "
+            f"{conversion.config.out}: {manifest.patches} of {expected} planned patches stored; "
             "files changed while it ran? Run again with --overwrite"
         )
 

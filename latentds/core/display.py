@@ -175,6 +175,11 @@ def csv_text(text: str) -> str:
     return text[1:] if text.startswith("'") and is_formula(text.lstrip("'")) else text
 
 
+def number_of(count: int, one: str, more: str | None = None) -> str:
+    """A count and what it counts, 1 slide or 2 slides; `more` where an s alone makes no plural."""
+    return f"{count:,} {one if count == 1 else more or f'{one}s'}"
+
+
 def shortest(value: object) -> float:
     """The float of fewest digits that is this float32: 0.3, where `float` has 0.300000012."""
     return float(str(value))

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from latentds.conversion.workdir import stored_bytes
-from latentds.core.display import progress
+from latentds.core.display import number_of, progress
 from latentds.core.storage import check_room, write_atomically
 from latentds.edit.outputs import check_new, local_folder, new_data_set
 from latentds.edit.recoding import Recoder, Recoding
@@ -172,8 +172,8 @@ def listed_splits(
     """Splits by name, and the number of each row's; InputError for a slide that has none."""
     numbers = shards.patches[rows]["slide"]
     if (numbers < 0).any():
-        raise InputError(f"{shards.folder}: {(numbers < 0).sum()} patches have no slide; splits by "
-                         f"{table.by} need one")  # fmt: skip
+        count = number_of(int((numbers < 0).sum()), "patch has", "patches have")
+        raise InputError(f"{shards.folder}: {count} no slide; splits by {table.by} need one")
     present, place_of = np.unique(numbers, return_inverse=True)
     slides = [shards.manifest.slides[number] for number in present.tolist()]
     pictures = [Picture(slide, "", slide=slide) for slide in slides]
@@ -202,8 +202,8 @@ def arrange(
     if options.group_by == "slide":
         slides = shards.patches[rows]["slide"]
         if (slides < 0).any():
-            raise InputError(f"{shards.folder}: {(slides < 0).sum()} patches have no slide; "
-                             "--group-by none")  # fmt: skip
+            count = number_of(int((slides < 0).sum()), "patch has", "patches have")
+            raise InputError(f"{shards.folder}: {count} no slide; --group-by none")
         rows = rows[np.argsort(slides, kind="stable")]
     return rows
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentds.core.display import number_of
 from latentds.errors import InputError, missing_extra
 from latentds.sources.csv_tables import TextTable, read_table, write_table
 from latentds.sources.names import ALIASES
@@ -152,7 +153,8 @@ def check_counts(targets: np.ndarray, groups: Sequence[str], folds: int, least: 
     if folds < least:
         raise InputError(f"{folds} folds; at least {least}, one of them to train on")
     if len(targets) and targets.min() < 0:
-        raise InputError(f"{int((targets < 0).sum()):,} items have no label; leave them out")
+        bare = number_of(int((targets < 0).sum()), "item has", "items have")
+        raise InputError(f"{bare} no label; leave out what has none")
     names = np.unique(np.asarray(groups, str)).tolist()
     if len(names) < folds:
         raise InputError(f"{len(names)} groups ({some(names)}) for {folds} folds; take fewer folds")
@@ -276,11 +278,11 @@ def read_splits(
     folds, lost = read_clam(path, slides) if is_clam else read_patho_bench(path, slides)
     used = np.unique(np.concatenate([rows for fold in folds for rows in fold.parts().values()]))
     bare = [slides[row] for row in np.setdiff1d(np.arange(len(slides)), used)]
-    for left, what in ((lost, "are not there"), (bare, "are in no fold")):
+    for left, what in ((lost, "not there"), (bare, "in no fold")):
         if left and not allow_subset:
+            are = number_of(len(left), "slide is", "slides are")
             raise InputError(
-                f"{path}: {len(left):,} slides {what}: {some(left)}. Mend the names, or pass "
-                "--allow-subset"
+                f"{path}: {are} {what}: {some(left)}. Mend the names, or pass --allow-subset"
             )
     for number, fold in enumerate(folds):
         if not len(fold.train) or not len(fold.test):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentds.core.display import number_of
 from latentds.errors import InputError
 from latentds.sources.csv_tables import TextTable, read_table
 from latentds.sources.image_folder import check_class_names, known_patient
@@ -109,8 +110,8 @@ def table_groups(
         table.need_column((*SLIDE_COLUMNS, *SOURCE_COLUMNS), "slides or files")
     key, lost = min(tried.items(), key=lambda pair: len(pair[1]))
     raise InputError(
-        f"{table.path}: its column {key!r} lacks {len(lost):,} items: {some(lost)}. Every item "
-        "needs a line"
+        f"{table.path}: its column {key!r} lacks {number_of(len(lost), 'item')}: {some(lost)}. "
+        "Every item needs a line"
     )
 
 
@@ -226,12 +227,11 @@ def match_labels(
     seen = set(found.values())
     lost = [name for name in names if name not in seen]
     bare = [slide for slide in matched if slide not in found]
-    notes = [
-        f"{len(left):,} {what}: {some(left)}"
-        for what, left in (("labels are of slides that are not there", lost),
-                           ("slides have no label", bare))
-        if left
-    ]  # fmt: skip
+    told = (
+        ("label is of a slide that is not there", "labels are of slides that are not there", lost),
+        ("slide has no label", "slides have no label", bare),
+    )
+    notes = [f"{number_of(len(left), one, more)}: {some(left)}" for one, more, left in told if left]
     if notes and (not allow_subset or not found):
         raise InputError(f"{table.path}: {'; '.join(notes)}. {SUBSET_HINT}")
     kept = list(found)

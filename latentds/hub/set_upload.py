@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentds.core.display import number_of
 from latentds.core.storage import write_atomically
 from latentds.errors import FormatError, InputError, UnreachableError
 from latentds.hub.card import PREVIEW, README, Publication, hub_card, make_preview
@@ -82,9 +83,9 @@ class PublishPlan:
         foreign.sort()
         if foreign and not overwrite:
             shown = ", ".join(foreign[:SHOWN]) + (", ..." if len(foreign) > SHOWN else "")
+            what = what or f"{number_of(len(foreign), 'file')} of something else"
             raise InputError(
-                f"{repository.name}@{repository.revision}: holds "
-                f"{what or f'{len(foreign)} file(s) of something else'} ({shown}); choose another "
+                f"{repository.name}@{repository.revision}: holds {what} ({shown}); choose another "
                 "repository or --revision, or pass --overwrite to replace it (its history keeps it)"
             )
         deleted = [path for path in foreign if path not in self.contents or path == page]
@@ -318,8 +319,8 @@ def send(
     steps += [([path for path in plan.missing if path not in bulk], [])]
     steps = [step for step in steps if step[0] or step[1]]
     for number, (paths, deleted) in enumerate(steps, 1):
-        size = sum(plan.size(path) for path in paths)
-        tell(f"commit {number} of {len(steps)}: {len(paths)} file(s), {size / 1e6:,.1f} MB")
+        size, files = sum(plan.size(path) for path in paths), number_of(len(paths), "file")
+        tell(f"commit {number} of {len(steps)}: {files}, {size / 1e6:,.1f} MB")
         message = f"Publish with latentds ({number} of {len(steps)})"
         repository.commit({path: plan.contents[path] for path in paths}, deleted, message)
 
@@ -337,8 +338,9 @@ def compare(repository: Repository, plan: PublishPlan) -> int:
             remote[wrong[0]].sha256 or remote[wrong[0]].blob if wrong[0] in remote else "nothing"
         )
         raise FormatError(
-            f"{repository.name}@{repository.revision}: {len(wrong)} file(s) are not what was sent; "
-            f"{wrong[0]} is listed as {listed}, ours is {plan.sha256.get(wrong[0], 'another')}. "
+            f"{repository.name}@{repository.revision}: {len(wrong):,} not as sent of "
+            f"{number_of(len(plan.contents), 'file')}; {wrong[0]} is listed as {listed}, ours is "
+            f"{plan.sha256.get(wrong[0], 'another')}. "
             "Run the same command again; if it stays so, tell the Hub"
         )
     return len(plan.contents)

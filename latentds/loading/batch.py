@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentds.core.display import number_of
 from latentds.core.processes import shared_buffer
 from latentds.core.randomness import patch_seeds
 from latentds.errors import FormatError, InputError, TooManyBadSamplesError
@@ -368,7 +369,8 @@ def check_bad(found: Any, max_bad: int) -> None:
     """Raise TooManyBadSamplesError where more packs are damaged than allowed."""
     if len(found) > max_bad:
         raise TooManyBadSamplesError(
-            f"{len(found)} damaged packs, max_bad={max_bad}: {'; '.join(list(found)[:3])}"
+            f"{number_of(len(found), 'damaged pack')}, max_bad={max_bad}: "
+            f"{'; '.join(list(found)[:3])}"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from latentds.core.display import number_of
 from latentds.errors import InputError, UnknownNameError, first_words, unknown_name
 from latentds.sources import image_folder, names
 from latentds.sources.names import patient_of
@@ -301,16 +302,17 @@ def split_patients(
     of = named_patients(shards, slides) if patients is None else patients
     lost = [slide for slide in slides if slide not in of]
     if lost:
-        raise InputError(f"{shards.folder}: patients= lacks {len(lost)} slides ({lost[0]!r})")
+        raise InputError(
+            f"{shards.folder}: patients= lacks {number_of(len(lost), 'slide')} ({lost[0]!r})"
+        )
     part_of = names.split_patients((of[slide] for slide in slides), fractions, seed)
     parts: dict[str, list[str]] = {name: [] for name in fractions}
     for slide in slides:
         parts[part_of[of[slide]]].append(slide)
     empty = [name for name, chosen in parts.items() if not chosen]
     if empty:
-        raise InputError(
-            f"{shards.folder}: {len(part_of)} patients leave {empty[0]!r} without any; fewer parts"
-        )
+        leave = number_of(len(part_of), "patient leaves", "patients leave")
+        raise InputError(f"{shards.folder}: {leave} {empty[0]!r} without any; fewer parts")
     return parts
 
 
@@ -325,7 +327,8 @@ def named_patients(
     lost = [slide for slide, known in found.items() if known is None]
     if lost:
         raise InputError(
-            f"{shards.folder}: no patient is known of {len(lost):,} slides ({lost[0]!r}); {remedy}"
+            f"{shards.folder}: no patient is known of {number_of(len(lost), 'slide')} "
+            f"({lost[0]!r}); {remedy}"
         )
     return {slide: known[1] for slide, known in found.items() if known is not None}
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from latentds.core.display import number_of
 from latentds.core.storage import expands_to
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
@@ -142,7 +143,7 @@ class CoordinateJob(Slides):
         if lost:
             raise InputError(
                 f"{self.job / files[lost[0]]}: no slide {lost[0]!r} below {self.root} (nor "
-                f"{len(lost) - 1} others); mend --slides, or remove the file"
+                f"{len(lost) - 1} more); mend --slides, or remove the file"
             )
         found = self.placed({paths[name]: name for name in sorted(files)})
         self.files = {p.source: self.job / files[str(p.slide)] for p in found.pictures}
@@ -214,9 +215,9 @@ class CoordinateJob(Slides):
         if not len(self.places[picture.source]):
             yield self.empty_reason(picture)
         if dropped := self.dropped.get(picture.source):
-            yield f"{dropped:,} places reach beyond the slide (--edges drop)"
+            yield f"{number_of(dropped, 'place')} beyond the edge of the slide (--edges drop)"
         if twice := self.twice.get(picture.source):
-            yield f"{twice:,} places are in its file twice"
+            yield f"{number_of(twice, 'place')} twice in its file"
         if outside := self.chosen.outside.get(picture.source) if self.chosen else 0:
             yield f"{outside:,} places: too little of it in its regions"
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from latentds.core.display import number_of
 from latentds.core.storage import open_regular
 from latentds.errors import InputError
 from latentds.sources.slide_names import some
@@ -51,7 +52,7 @@ def card_files(root: Path, paths: Sequence[str]) -> CardFiles | None:
     notes = [f"{CARD}: splits of its config {name!r}"]
     if left:
         notes.append(
-            f"{len(left):,} files that this config does not name are left out: {some(left)}"
+            f"{number_of(len(left), 'file')} left out, not named by this config: {some(left)}"
         )
     return CardFiles(found[name], tuple(notes))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from latentds.core.display import number_of
 from latentds.core.storage import check_regular, known_formats
 from latentds.errors import InputError, no_folder
 from latentds.sources.data_cards import CARD, card_files
@@ -98,8 +99,8 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
         (found if PurePosixPath(path).suffix.lower() in suffixes else ignored).append(path)
     if not found:
         raise InputError(
-            f"{root}: no pictures in it ({len(ignored)} other files); name a folder of pictures or "
-            "slides, or unpack it"
+            f"{root}: no pictures in it ({number_of(len(ignored), 'other file')}); name a folder "
+            "of pictures or slides, or unpack it"
         )
     check_names(root, found)
     check_masks_apart(root, found)
@@ -190,9 +191,9 @@ def read_folders(root: Path, paths: Sequence[str], use_labels: bool, use_splits:
             names.setdefault(folders[0], set()).add(str(path_fields(path).get("slide", "")))
     odd = sorted(name for name, own in names.items() if is_identifier(name) or own == {name})
     if use_labels and odd and len(odd) == len(names):
+        are = number_of(len(odd), "folder is", "folders are")
         notes.append(
-            f"no labels: the {len(odd)} folders are named by UUID, centre, patient or slide "
-            f"({odd[0]}), which is no class"
+            f"no labels: {are} named by UUID, centre, patient or slide ({odd[0]}), as no class is"
         )
         rule = dataclasses.replace(rule, use_labels=False)
     elif use_labels and odd:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from latentds.core.display import number_of
 from latentds.errors import InputError, no_folder
 from latentds.sources.coordinates import CoordinateJob
 from latentds.sources.csv_tables import read_lines
@@ -133,7 +134,8 @@ def patients_apart(pictures: Sequence[Picture]) -> tuple[str, ...]:
     if not apart:
         return ()
     example = next(iter(apart.values()))
-    return (f"{len(apart):,} patients are in more than one split (one has {example}); "
+    count = number_of(len(apart), "patient is", "patients are")
+    return (f"{count} in more than one split (one has {example}); "
             "--split-patients, in place of these splits, keeps patients whole",)  # fmt: skip
 
 
@@ -151,7 +153,7 @@ def deal_patients(
     )
     if bare:
         raise InputError(
-            f"--split-patients, but no patient is known of {len(bare):,} slides or pictures: "
+            f"--split-patients, but no patient is known of {number_of(len(bare), 'source')}: "
             f"{some(list(bare))}. Pass --patient-pattern, a regular expression that finds it in "
             "the name ('.*' where every slide is a patient), or a --slide-table with a column "
             "patient"

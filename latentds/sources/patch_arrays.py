@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from latentds.core.display import number_of
 from latentds.core.storage import check_regular, expands_to
 from latentds.errors import InputError, Reason, UnusableError, missing_extra
 from latentds.sources.csv_tables import read_table
@@ -113,7 +114,8 @@ class PatchArrays(PicturesInFiles):
         table = read_table(path)
         if len(table.rows) != rows:
             raise InputError(
-                f"{path}: {len(table.rows):,} rows for {rows:,} patches; fetch it anew"
+                f"{path}: {number_of(len(table.rows), 'row')} for "
+                f"{number_of(rows, 'patch', 'patches')}; fetch it anew"
             )
         read = [name for name in table.columns if name in COLUMNS and name not in UNCLEAR]
         self.unused |= set(table.columns) - set(read)

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from latentds.codecs.formats import DECODE_ERRORS
+from latentds.codecs.formats import DECODE_ERRORS, JPEG_LUMA_AT_50
+from latentds.core.display import number_of
 from latentds.core.storage import open_picture
 from latentds.errors import InputError, Reason, UnusableError
 from latentds.sources.cut_options import SourceOptions
@@ -45,10 +46,6 @@ TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
 BITS_PER_SAMPLE = 258  # TIFF tag
 HEAD_BYTES = 1 << 16
 CONVERTED = ("1", "L", "P", "CMYK", "RGBA", "LA", "PA", "RGBX", "YCbCr")  # to RGB, and counted
-# First quantizer of the luma table in libjpeg's quality scale: table 16 at quality 50.
-JPEG_LUMA_AT_50 = np.array(
-    [16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55], dtype=np.int64
-)  # ITU-T T.81 table K.1, first two rows
 LABELLED = re.compile(r"(.+\])-labelled\.\w+")  # a mask of QuPath's TileExporter
 Pixels = tuple[np.ndarray, np.ndarray | None]  # picture and mask
 
@@ -233,7 +230,7 @@ def with_labelled(found: Listing) -> Listing:
         for p in found.pictures
         if not LABELLED.fullmatch(p.source)
     )
-    note = f"{len(masks):,} pictures named ]-labelled are taken for masks, as QuPath writes them"
+    note = f"taken for masks, as QuPath's: {number_of(len(masks), 'picture')} named ]-labelled"
     return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, note))
 
 
@@ -371,10 +368,10 @@ def describe_encoding(image: Image.Image) -> str:
 
 def jpeg_quality(tables: dict[int, Any]) -> str:
     """libjpeg quality whose luma table (first two rows) is the file's, `?` where there is none."""
-    luma = np.asarray(tables.get(0, ()))[:16]
+    luma, at_50 = np.asarray(tables.get(0, ()))[:16], np.array(JPEG_LUMA_AT_50[:16])
     for quality in range(100, 0, -1):
         scale = 5000 // quality if quality < 50 else 200 - 2 * quality
-        expected = np.clip((JPEG_LUMA_AT_50 * scale + 50) // 100, 1, 255)
+        expected = np.clip((at_50 * scale + 50) // 100, 1, 255)
         if len(luma) == 16 and (luma == expected).all():
             return str(quality)
     return "?"

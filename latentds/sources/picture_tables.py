@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from latentds.core.display import number_of
 from latentds.errors import InputError, UnusableError
 from latentds.sources.csv_tables import SUFFIXES, TextTable, read_table
 from latentds.sources.cut_options import SourceOptions
@@ -236,9 +237,9 @@ def apply_slide_table(
             f"{table.path}: no {table.by} in it is of one of the {kind} here: it has {some(lost)}, "
             f"here are {some(list(bare))}; take the table of these {kind}, or name them as they are"
         )
-    told = {f"{kind} are not in it": list(bare), f"of its rows are of no {kind[:-1]} here": lost}
-    notes = [f"{table.path.name}: {len(names):,} {words}: {some(names)}"
-             for words, names in told.items() if names]  # fmt: skip
+    told = (kind[:-1], "not in it", list(bare)), ("row", f"of no {kind[:-1]} here", lost)
+    notes = [f"{table.path.name}: {number_of(len(names), what)} {words}: {some(names)}"
+             for what, words, names in told if names]  # fmt: skip
     return tuple(changed), (*table.notes, *notes)
 
 

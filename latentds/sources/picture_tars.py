@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from latentds.core.display import number_of
 from latentds.core.storage import parse_json, read_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.csv_tables import read_table
@@ -70,8 +71,8 @@ class PictureTars(PicturesInFiles):
                for archive, split in archives.splits.items()}  # fmt: skip
         if not any(own.values()):
             raise InputError(
-                f"{self.root}: {len(self.files)} tars, no picture in them "
-                f"({self.ignored} other members); name others"
+                f"{self.root}: no picture in {number_of(len(self.files), 'tar')} "
+                f"({number_of(self.ignored, 'other member')}); name others"
             )
         pictures, told = self.with_folders(own, archives.are_told)
         sources = [picture.source for picture in pictures]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from latentds.core.display import number_of
 from latentds.core.storage import parse_json, read_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.csv_tables import TextTable, decoded, read_table, text_lines
@@ -59,7 +60,7 @@ def with_tables(root: Path, found: Listing, others: Sequence[str], use_labels: b
             if p.source in facts or not p.source.startswith(tuple(closed))]  # fmt: skip
     if left := len(found.pictures) - len(kept):
         notes.append(
-            f"{left:,} pictures are left out: tables with splits beside them name them not"
+            f"{number_of(left, 'picture')} left out, which no table with splits beside them names"
         )
     pictures = tuple(dataclasses.replace(p, **facts.get(p.source, {})) for p in kept)
     if unread:
@@ -161,11 +162,11 @@ def counted_rows(path: Path) -> str:
         if suffix == ".parquet":
             import pyarrow.parquet as pq
 
-            return f" ({pq.read_metadata(path).num_rows:,} rows)"
+            return f" ({number_of(pq.read_metadata(path).num_rows, 'row')})"
         if suffix in (".csv", ".tsv", ".jsonl"):
             with path.open("rb") as file:
                 count = sum(bool(line.strip()) for line in file)
-            return f" ({max(count - (suffix != '.jsonl'), 0):,} rows)"
+            return f" ({number_of(max(count - (suffix != '.jsonl'), 0), 'row')})"
     return ""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from latentds.codecs.formats import DECODE_ERRORS
+from latentds.core.display import number_of
 from latentds.core.storage import open_picture, read_json
 from latentds.errors import FormatError, InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
@@ -115,7 +116,8 @@ def note_unused_regions(chosen: SlideRegions | None, slides: Iterable[str]) -> t
         return ()
     used = {place for slide in slides for place in chosen.index.find_all(slide)}
     unused = [path for place, path in enumerate(chosen.paths) if place not in used]
-    return (f"--regions: {len(unused):,} files are of no slide: {some(unused)}",) if unused else ()
+    files = number_of(len(unused), "file")
+    return (f"--regions: {files} of no slide: {some(unused)}",) if unused else ()
 
 
 def taken(

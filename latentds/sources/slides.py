@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from latentds.core.display import number_of
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_names, note_empty, read_folders, walk
@@ -99,7 +100,7 @@ class Slides(Source):
         names = one_a_series(self.root, [p for p in paths if p in wanted], open_slide)
         if not names:
             source = self.options.source
-            raise InputError(f"{source}: no slides in it ({len(paths)} other files)")
+            raise InputError(f"{source}: no slides in {number_of(len(paths), 'file')}")
         found = self.placed(names)
         named_once(self.root, ((name, path) for path, name in names.items()))
         others = sorted(set(paths) - wanted)

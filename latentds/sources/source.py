@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
 
+from latentds.core.display import number_of
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import picture_suffixes, walk
@@ -363,9 +364,10 @@ def check_sizes(headers: dict[str, Header]) -> tuple[int, int]:
         return next(iter(sizes))
     examples = {header.size_px: source for source, header in reversed(headers.items())}
     seen = ", ".join(
-        f"{w}x{h} ({count} files, e.g. {examples[h, w]})" for (h, w), count in sizes.most_common(4)
+        f"{w}x{h} ({number_of(count, 'file')}, e.g. {examples[h, w]})"
+        for (h, w), count in sizes.most_common(4)
     )
-    more = f" and {len(sizes) - 4} more sizes" if len(sizes) > 4 else ""
+    more = f" and {number_of(len(sizes) - 4, 'more size')}" if len(sizes) > 4 else ""
     raise InputError(
         f"pictures differ in size: {seen}{more}; choose --patch-size PX with --resize, --tile or "
         "--pad"

@@ -9,7 +9,7 @@ from typing import Any
 
 from latentds_tools.reports.commands import fact
 
-from latentds.core.display import left_out_text, visible
+from latentds.core.display import left_out_text, number_of, visible
 
 
 def set_facts(out: Path, manifest: Any) -> dict[str, Any]:
@@ -43,15 +43,16 @@ def set_lines(facts: Mapping[str, Any], done: str, more: Mapping[str, Any] | Non
     facts = visible(dict(facts))
     splits = ", ".join(f"{split} {count:,}" for split, count in facts["splits"].items())
     classes, size = len(facts["classes"]), facts["shard_bytes"] / 1e6
+    named = number_of(classes, "class", "classes") if classes else "no classes"
     out, empty = shlex.quote(facts["out"]), facts["without_patches"]
     left = [f"{entry['source']}: {left_out_text(entry)}" for entry in facts["left_out"] + empty]
     look = " --slides" if facts["has_slides"] else ""
     first = f" ({left[0]}{'; ...' if len(left) > 1 else ''}; {MANIFEST} lists them)" if left else ""
     return "\n".join([
-        f"{facts['out']}: {facts['patches']:,} patches {done}",
-        f"splits           {splits}; {classes or 'no'} class{'' if classes == 1 else 'es'}",
+        f"{facts['out']}: {number_of(facts['patches'], 'patch', 'patches')} {done}",
+        f"splits           {splits}; {named}",
         f"size             {facts['bytes_per_patch']:,} bytes a patch, {size:,.1f} MB in "
-        f"{facts['shards']:,} shards; mpp {mpp_text(facts['mpp'])}",
+        f"{number_of(facts['shards'], 'shard')}; mpp {mpp_text(facts['mpp'])}",
         f"left out         {len(left) - len(empty):,}, without patches {len(empty):,}{first}",
         *(fact(name, value) for name, value in visible(dict(more or {})).items()),
         f"next             latentds show {out}{look} --out {shlex.quote(page_of(facts['out']))}",

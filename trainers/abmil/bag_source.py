@@ -15,6 +15,7 @@ from latentds_trainers.abmil.config import AbmilConfig
 from latentds_trainers.engine.ranks import on_all_ranks
 from torch import Tensor
 
+from latentds.core.display import number_of
 from latentds.errors import FormatError, InputError
 from latentds.evaluation.features.extraction import extract_features, named_slides
 from latentds.evaluation.features.folder import FeatureFolder, LiveFeatures
@@ -221,8 +222,9 @@ def label_slides(
         labels = {slide: line.label for slide, line in lines.items() if line.label}
         bare = [slide for slide in slides if slide not in labels]
         if bare and not config.allow_subset:
+            have = number_of(len(bare), "slide has", "slides have")
             raise InputError(
-                f"{where}: {len(bare):,} slides have no label that all their patches share: "
+                f"{where}: {have} no label that all patches share: "
                 f"{some(bare)}; give --labels, a CSV of slide_id and label, or --allow-subset"
             )
         table = LabelTable(Path(where), labels, {})

@@ -34,6 +34,7 @@ from latentds_trainers.crossval.cross_validation import (
 )
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 
+from latentds.core.display import number_of
 from latentds.errors import InputError, unknown_name
 from latentds.evaluation.features.folder import FeatureFolder, LiveFeatures
 from latentds.evaluation.features.folder_records import flat
@@ -147,6 +148,7 @@ class BagTask:
             made = f"splits of {config.splits.name}"
         source = folder.source or {"name": "features", "kind": "features"}
         lost, found = folder.left_out, dict.fromkeys(n for o in outcomes for n in o.notes)
+        have = number_of(len(lost), "slide has", "slides have")
         record = run_record(
             self.crossval,
             outcomes,
@@ -163,7 +165,7 @@ class BagTask:
             notes=[
                 *slides.notes,
                 *codebook_note(source.get("codebook"), test_is_apart=False),
-                *([f"{len(lost):,} slides have no features: {some(list(lost))}."] if lost else []),
+                *([f"{have} no features: {some(list(lost))}."] if lost else []),
                 *tested_again(outcomes),
                 *found,
             ],

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentds.core.display import shortest
+from latentds.core.display import number_of, shortest
 from latentds.core.processes import choose_device, find_rank
 from latentds.core.randomness import key_of, shuffled
 from latentds.core.storage import passing_lock
@@ -336,7 +336,7 @@ def note_bad(bad: dict[str, str], max_bad: int) -> None:
     if len(bad) > max_bad:
         told = "; ".join(f"{name}: {text}" for name, text in list(bad.items())[-3:])
         raise TooManyBadSamplesError(
-            f"{len(bad)} slides failed, --max-bad is {max_bad}: {told}. What is finished stays; "
-            "the same command goes on"
+            f"{number_of(len(bad), 'slide')} failed, --max-bad is {max_bad}: {told}. What is "
+            "finished stays; the same command goes on"
         )
     logger.warning("slide %s left out: %s", slide, reason)

@@ -135,6 +135,9 @@ def test_a_store_that_cannot_be_opened_is_named_in_one_short_line(monkeypatch):
 def test_a_store_without_its_package_says_which_one(location, error, words, monkeypatch):
     for package in ("gcsfs", "s3fs"):
         monkeypatch.setitem(sys.modules, package, None)
+    kept = sys.modules["fsspec.registry"]._registry  # classes that another test had it import
+    for protocol in ("gs", "s3"):
+        monkeypatch.delitem(kept, protocol, raising=False)
     with pytest.raises(error, match=words):
         open_location(location)
 

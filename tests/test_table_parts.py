@@ -236,10 +236,10 @@ def test_a_table_that_lies_there_whole_is_read_offline(folder, server, cache, mo
 
 
 @contextlib.contextmanager
-def only_read(folder: Path):
+def only_read(folder: Path, folder_mode: int = 0o555):
     """A folder of another user, who lets us read: this thread of root's is nobody for files."""
     for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
+        path.chmod(folder_mode if path.is_dir() else 0o444)
     user = os.geteuid()
     become = ctypes.CDLL(None).setfsuid if user == 0 else lambda _: None
     become(65534)
@@ -296,3 +296,11 @@ def test_a_manifest_that_promises_too_small_a_table_is_refused(folder, cache, tm
         pytest.raises(FormatError, match="4800 bytes, not 200 rows; refused"),
     ):
         ShardSet(server.url, cache=cache)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_PATH"), reason="only Linux opens what cannot be listed")
+def test_a_set_whose_folders_cannot_be_listed_is_read(folder, open_folder):
+    shutil.copytree(folder, open_folder / "set")
+    local = ShardSet(folder).read_codes(ROWS)
+    with only_read(open_folder / "set", 0o711):
+        assert np.array_equal(ShardSet(open_folder / "set").read_codes(ROWS), local)

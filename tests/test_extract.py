@@ -220,6 +220,14 @@ def test_no_name_leads_out_of_the_folder(tmp_path, name):
         assert all(len(part) < 200 and not part.startswith(".") for part in Path(path).parts)
 
 
+@pytest.mark.parametrize("name", ["con", "NUL.x", "Lpt1", "aux"])
+def test_names_of_windows_devices_are_changed(name):
+    device = name.partition(".")[0]
+    for part in patch_path(name, name, name, ".png").split("/"):
+        assert part.partition(".")[0] != device and part.startswith(device)
+    assert patch_path("bacon", None, "console", ".png") == "bacon/console.png"
+
+
 def test_distinct_names_stay_distinct():
     keys = [
         "a/b",

@@ -35,6 +35,7 @@ FIELDS = (
 )
 MAX_NAME = 120  # bytes a folder or file may have here; most file systems end at 255
 UNSAFE = re.compile(r'[/\\:*?"<>|~]')  # what leads elsewhere, or some file system has no name with
+DEVICE = re.compile(r"(?i)^(?:con|prn|aux|nul|com\d|lpt\d)(?=\.|$)")  # to Windows no file's name
 AMBIGUOUS = re.compile(r"__|_/|/_|^/|/$")  # where `/` as `__` could be read in two ways
 
 
@@ -235,13 +236,14 @@ def patch_path(label: str | None, slide: str | None, key: str, suffix: str) -> s
 def folder_name(name: str) -> str:
     """A name as one plain folder's; a hash tells apart what had to be changed."""
     plain = UNSAFE.sub("_", visible(name)).encode()[:MAX_NAME].decode(errors="ignore").strip(". ")
+    plain = DEVICE.sub(r"\g<0>_", plain)
     return plain if plain == name and plain else f"{plain or '_'}-{short_hash(name)}"
 
 
 def file_stem(key: str) -> str:
     """A patch's key as one file name without a suffix: folders of its source become `__`."""
     plain = re.sub(r"[^A-Za-z0-9_-]", "_", key.replace("/", "__"))
-    if plain and not AMBIGUOUS.search(key) and len(plain) <= MAX_NAME:
+    if plain and not (AMBIGUOUS.search(key) or DEVICE.match(plain)) and len(plain) <= MAX_NAME:
         return plain
     return f"{plain[-MAX_NAME:] or '_'}-{short_hash(key)}"
 

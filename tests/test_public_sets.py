@@ -319,6 +319,10 @@ def test_blocks_of_rows_are_read_and_no_more(tmp_path, monkeypatch):
     [
         (lambda file: file.__setitem__("y", np.zeros(2, np.uint8)), "'y' is uint8 .2,., not whole"),
         (lambda file: file.__setitem__("y", np.zeros(3, np.float32)), "'y' is float32"),
+        (
+            lambda file: file.__setitem__("y", ["b", "a", "b"]),
+            "'y' is text .3,., not .*; write 3 whole numbers, or pass --no-labels",
+        ),
     ],
 )
 def test_labels_that_do_not_fit_an_array_are_refused(tmp_path, spoil, message):

@@ -278,9 +278,11 @@ def read_integers(path: Path, name: str, rows: int, width: int) -> np.ndarray | 
         is_fit = found.dtype.kind in "iub" and found.size == rows * width and len(found) == rows
         if not is_fit:
             other = "" if name == PLACES else ", or pass --no-labels"
+            # Texts may take memory that the file does not have: many rows share one.
+            what = "text" if found.dtype.kind in "OSU" else found.dtype
             raise InputError(
-                f"{path}: {name!r} is {found.dtype} {found.shape}, not whole numbers for {rows:,} "
-                f"patches; mend it{other}"
+                f"{path}: {name!r} is {what} {found.shape}, not whole numbers for {rows:,} "
+                f"patches; write {rows * width:,} whole numbers{other}"
             )
         values: np.ndarray = found[:].astype(np.int64).reshape(rows, width)
     return values

@@ -1,6 +1,7 @@
 """Every consumer of a data set, with codes of each encoding: the same patches come out."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -195,6 +196,11 @@ def test_bags_give_latents_of_a_slide(sets):
     bags = SlideBags(sets[0], "train", decode="latents")
     (latents,) = bags.decode(bags[0])
     assert torch.equal(latents, latents_of(sets[0])[bags[0].rows])
+
+
+def test_an_array_travels_to_a_process_that_decodes(sets):
+    array = LatentArray(sets[0], "train", resident=False, decode="latents")
+    assert torch.equal(pickle.loads(pickle.dumps(array))[:], array[:])
 
 
 def test_latents_go_through_the_ring_of_a_device(sets):

@@ -46,14 +46,14 @@ def make_lookup(
         return Levels(cast(Sequence[Codebook], codebooks), device, dtype)
     if kind is AdditiveCodebook:
         return Sums(cast(Sequence[AdditiveCodebook], codebooks), device, dtype)
+    return functools.partial(dequantize_records, codebooks, dtype)  # one that pickles
 
-    def latents(book: AnyCodebook, records: Tensor) -> Tensor:
-        return book.dequantize(records).to(dtype)
 
-    def look_up(records: Tensor, numbers: Tensor | None = None) -> Tensor:
-        return by_book(codebooks, records, numbers, latents)
-
-    return look_up
+def dequantize_records(
+    codebooks: Sequence[AnyCodebook], dtype: torch.dtype, records: Tensor, numbers: Tensor | None
+) -> Tensor:
+    """Latents (B, C, h, w) of entropy-coded records."""
+    return by_book(codebooks, records, numbers, lambda book, own: book.dequantize(own).to(dtype))
 
 
 class Levels:

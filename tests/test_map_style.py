@@ -27,7 +27,8 @@ def placed(shared_dataset):
 
 
 @pytest.mark.parametrize(
-    "places", [7, -1, np.int64(3), torch.tensor(5), [5, 2, 5], slice(490, None), torch.arange(3)]
+    "places",
+    [7, -1, np.int64(3), torch.tensor(5), [5, 2, 5], [], slice(490, None), torch.arange(3)],
 )
 def test_an_array_on_disk_gives_what_a_resident_one_gives(held, placed, places):
     assert torch.equal(placed[places], held[places])

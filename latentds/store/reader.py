@@ -132,6 +132,8 @@ class ShardSet:
         """Codes uint8 (N, C, h, w) of the patches at `rows` of the patch table, in that order."""
         size = self.manifest.contract.bytes_per_patch
         codes = np.empty((len(rows), *self.manifest.contract.codes_shape), np.uint8)
+        if not len(rows):
+            return codes
         packs = self.packs_of(rows)
         self.prepare(rows, packs, size)
         doubtful = self.doubtful(rows, packs)
@@ -197,8 +199,6 @@ class ShardSet:
         self, rows: np.ndarray, packs: np.ndarray, target: memoryview, size: int
     ) -> None:
         """Read patches into `target`, neighbours in one go."""
-        if not len(rows):
-            return
         edges = np.flatnonzero((np.diff(rows) != 1) | (np.diff(packs) != 0)) + 1
         starts = np.concatenate([[0], edges])
         stops = (np.append(edges, len(rows)) * size).tolist()

@@ -313,6 +313,13 @@ def test_state_of_another_run_is_refused(shared_dataset, changes):
         make_loader(shared_dataset, **changes).load_state_dict(state)
 
 
+def test_a_number_of_ranks_without_a_rank_is_refused(shared_dataset, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="RANK='' and WORLD_SIZE='4' in the environment; set both"):
+        make_loader(shared_dataset)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_copy_of_a_loader_goes_on_with_workers_of_its_own(shared_dataset, workers):
     loader = make_loader(shared_dataset, shuffle=True, num_workers=workers)

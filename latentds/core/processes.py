@@ -44,11 +44,24 @@ def find_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         else:
-            rank = int(os.environ.get("RANK", "0"))
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            rank, world_size = launched_rank()
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}")
     return rank, world_size
+
+
+def launched_rank() -> tuple[int, int]:
+    """Rank and number of ranks in the launcher's environment; 0 of 1 without a launcher."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    # Scripts for Slurm set the number alone: each of their processes would be rank 0.
+    rank = os.environ.get("RANK", "0" if ranks == "1" else "")
+    try:
+        return int(rank), int(ranks)
+    except ValueError:
+        raise ValueError(
+            f"RANK={rank!r} and WORLD_SIZE={ranks!r} in the environment; set both, as torchrun "
+            "does, or call torch.distributed.init_process_group before"
+        ) from None
 
 
 @contextlib.contextmanager

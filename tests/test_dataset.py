@@ -313,6 +313,11 @@ def test_state_of_another_run_is_refused(shared_dataset, changes):
         make_loader(shared_dataset, **changes).load_state_dict(state)
 
 
+def test_a_batch_that_is_unpacked_names_as_tuple(shared_dataset):
+    with pytest.raises(TypeError, match=r"batch\[0\].*as_tuple=True"):
+        _images, _labels = next(iter(make_loader(shared_dataset)))
+
+
 def test_a_number_of_ranks_without_a_rank_is_refused(shared_dataset, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")

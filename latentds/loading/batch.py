@@ -93,6 +93,11 @@ class Batch:
 
     def __getitem__(self, part: slice) -> Batch:
         """Consecutive patches, tensors as views; `bad` stays with the first."""
+        if not isinstance(part, slice):  # `images, labels = batch` asks for batch[0], too
+            raise TypeError(
+                f"batch[{part!r}]: a Batch takes slices, and has fields (batch.images, "
+                "batch.labels); LatentLoader(as_tuple=True) gives (images, labels) pairs"
+            )
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         cut: dict[str, Any] = {
             n: v[part] for n, v in values.items() if isinstance(v, (Tensor, list, Views))

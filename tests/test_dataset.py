@@ -313,6 +313,28 @@ def test_state_of_another_run_is_refused(shared_dataset, changes):
         make_loader(shared_dataset, **changes).load_state_dict(state)
 
 
+def test_a_state_of_numbers_of_numpy_is_plain_json(shared_dataset):
+    three, eight = np.int32(3), np.int64(8)
+    plain = make_loader(shared_dataset, shuffle=True, seed=3, batch_size=8, lanes=2)
+    loader = make_loader(
+        shared_dataset, shuffle=True, seed=three, batch_size=eight, lanes=three - 1
+    )
+    assert json.dumps(loader.state_dict()) == json.dumps(plain.state_dict())
+    assert torch.equal(next(iter(loader)).seeds, next(iter(plain)).seeds)
+
+
+@pytest.mark.parametrize("changes", [{"seed": None}, {"batch_size": "8"}, {"lanes": 1.0}])
+def test_a_number_that_is_none_is_named(shared_dataset, changes):
+    (name,) = changes
+    with pytest.raises(TypeError, match=f"^{name}=.*; a whole number is wanted"):
+        make_loader(shared_dataset, **changes)
+
+
+def test_a_state_that_is_none_is_named(shared_dataset):
+    with pytest.raises(ContractError, match=r"loader state None; pass what state_dict\(\) gave"):
+        make_loader(shared_dataset).load_state_dict(None)
+
+
 def test_a_batch_that_is_unpacked_names_as_tuple(shared_dataset):
     with pytest.raises(TypeError, match=r"batch\[0\].*as_tuple=True"):
         _images, _labels = next(iter(make_loader(shared_dataset)))

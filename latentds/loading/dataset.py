@@ -37,6 +37,7 @@ from latentds.loading.order import (
     check_state,
     global_size,
     join,
+    whole,
 )
 from latentds.loading.sampling import BALANCED, BalancedSampler, MixtureSampler, Sampler, SetSampler
 from latentds.loading.selection import select_rows
@@ -100,7 +101,8 @@ class LatentDataset(IterableDataset[Batch]):
         check_asked(decode, bool(normalize), shuffle, select, order)
         self.mixture = folder if isinstance(folder, Mixture) else None
         self.sets = [ShardSet(part, cache=cache) for part in folders_of(folder)]
-        self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
+        self.split, self.shuffle, self.max_bad = split, shuffle, max_bad
+        self.seed = whole("seed", seed)
         self.where, self.balance = select.where, select.balance
         self.rank, self.world_size = find_rank(order.rank, order.world_size)
         self.samplers = [self.set_sampler(index, select) for index in range(len(self.sets))]
@@ -112,7 +114,7 @@ class LatentDataset(IterableDataset[Batch]):
         if self.mixture is not None:
             warn_of_fields(self.sets, split)
             weights, draws = self.mixture.weights, self.mixture.epoch_patches
-            self.sampler = MixtureSampler(self.samplers, weights, seed, draws)
+            self.sampler = MixtureSampler(self.samplers, weights, self.seed, draws)
         if self.selection is None and self.balance is None and order.lanes == 1:  # all packs, here
             for shards in self.sets:
                 shards.pack_table.want_all(split, len(self.sets), bool(columns), masks)
@@ -121,9 +123,9 @@ class LatentDataset(IterableDataset[Batch]):
             global_batch=global_size(batch_size, order.global_batch_size, self.world_size),
             ranks=self.world_size,
             last=order.last,
-            lanes=order.lanes,
+            lanes=whole("lanes", order.lanes),
         )
-        self.collator = Collator(self.sets, seed, decode, columns, masks, select.class_to_idx)
+        self.collator = Collator(self.sets, self.seed, decode, columns, masks, select.class_to_idx)
         given = normalize if isinstance(normalize, ChannelStatistics) else None
         self.statistics_given = given and checked_statistics(given, self.shards)
         if normalize:

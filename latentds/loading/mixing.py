@@ -28,6 +28,7 @@ from latentds.loading.decoding import find_autoencoder
 from latentds.loading.fields_of_view import check_fields
 from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Mixture, Order, Select
+from latentds.loading.order import check_is_state, whole
 from latentds.store.cache import CacheConfig
 from latentds.store.format import joined_names
 from latentds.store.reader import ShardSet
@@ -216,7 +217,7 @@ class MixedLoader:
         rank, world_size = find_rank(rank, world_size)
         grouped = group_sets(self.sets)
         totals = [math.fsum(mixture.weights[number] for number in group) for group in grouped]
-        self.shares = fix_shares(totals, global_batch_size)
+        self.shares = fix_shares(totals, whole("global_batch_size", global_batch_size))
         check_ranks(self.shares, world_size)
         patches = mixture.epoch_patches or sum(patches_of(part, split) for part in self.sets)
         self.batches = max(patches // global_batch_size, 1)
@@ -292,6 +293,7 @@ class MixedLoader:
         raises     ContractError where it is of other sets, weights, or another order
         """
         where = ", ".join(map(str, self.folders))
+        check_is_state(state, where)
         groups: Any = state.get("groups")
         is_mixed = state.get("version") == STATE_VERSION and isinstance(groups, list)
         if not is_mixed or (state.get("shares"), len(groups)) != (self.shares, len(self.groups)):

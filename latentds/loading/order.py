@@ -8,6 +8,7 @@ every label alike, are `sampling.py`'s.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import numpy as np
@@ -219,15 +220,16 @@ def join(parts: list[Drawn]) -> Drawn:
 def global_size(batch_size: int | None, global_batch_size: int | None, ranks: int) -> int:
     """Patches of a global batch, from either size."""
     if global_batch_size is None:
-        if batch_size is not None and batch_size < 1:
+        size = DEFAULT_BATCH if batch_size is None else whole("batch_size", batch_size)
+        if size < 1:
             raise ValueError(f"batch_size={batch_size}; at least 1")
-        return (batch_size or DEFAULT_BATCH) * ranks
+        return size * ranks
     if batch_size is not None and batch_size * ranks != global_batch_size:
         raise ValueError(
             f"batch_size={batch_size} on {ranks} ranks is not global_batch_size="
             f"{global_batch_size}; give one of them"
         )
-    return global_batch_size
+    return whole("global_batch_size", global_batch_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -354,6 +356,7 @@ class LoaderState:
 
 def check_state(state: dict[str, Any], own: LoaderState, folder: object) -> LoaderState:
     """The position of `state`; ContractError where it is of another data set or order."""
+    check_is_state(state, folder)
     for name, value in own.to_json().items():
         found = state.get(name)
         if name in ("epoch", "batch"):
@@ -366,3 +369,17 @@ def check_state(state: dict[str, Any], own: LoaderState, folder: object) -> Load
                 "lanes and global_batch_size"
             )
     return dataclasses.replace(own, epoch=state["epoch"], batch=state["batch"])
+
+
+def check_is_state(state: object, folder: object) -> None:
+    """ContractError for what no `state_dict` gives, such as the None of a checkpoint without."""
+    if not isinstance(state, dict):
+        raise ContractError(f"{folder}: loader state {state!r:.80}; pass what state_dict() gave")
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number, numpy's too, as Python's, which states hold; TypeError for others."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r}; a whole number is wanted") from None

@@ -95,7 +95,7 @@ class BagTask:
         if bare and config.settings.select == "best":
             raise InputError(
                 f"fold {bare[0]}: no slide to validate on, by which the best weights are chosen; "
-                "give splits that have some, or --select last"
+                "take --folds 3 or more, give splits that have some, or --select last"
             )
         return folds
 

@@ -95,6 +95,18 @@ def test_what_cannot_be_augmented_is_refused(shared_dataset, options, message):
         loader_of(shared_dataset, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decode": "latents"}, "decode='latents' gives none; .*MappedLoader"),
+        ({"views": OWN, "as_tuple": True}, "as_tuple=True with views= gives the crops alone"),
+    ],
+)
+def test_a_transform_that_would_change_nothing_is_refused(shared_dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        loader_of(shared_dataset, augment=False, transform=torch.sqrt, **options)
+
+
 def test_a_recipe_by_its_name_alone_is_answered(shared_dataset):
     with pytest.raises(TypeError, match="augment='supervised'; True, or a MultiCrop"):
         loader_of(shared_dataset, augment="supervised")

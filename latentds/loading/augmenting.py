@@ -68,6 +68,29 @@ def find_augment(
     return augment
 
 
+def find_transform(
+    transform: Callable[[Tensor], Any] | None, decode: str, is_kept: bool
+) -> Watched | None:
+    """The transform asked for, watched.
+
+    is_kept  whether the images it changes are handed out
+    raises   ValueError where it would change nothing that is
+    """
+    if transform is None:
+        return None
+    if decode != "pixels":
+        raise ValueError(
+            f"transform= changes images, and decode={decode!r} gives none; change those batches by "
+            "latentds.loading.adapters.MappedLoader(loader, function)"
+        )
+    if not is_kept:
+        raise ValueError(
+            "transform= changes batch.images, and as_tuple=True with views= gives the crops alone; "
+            "MultiCrop(mean=..., std=...) normalizes those"
+        )
+    return Watched(transform)
+
+
 class Watched:
     """A transform of images (B, 3, H, W); a warning, once, where it draws once for all of them.
 

@@ -19,7 +19,7 @@ from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.processes import REMEDY, choose_device, describe_shm, gather, of_dead_worker
 from latentds.errors import WorkerError
 from latentds.loading.array import Resident
-from latentds.loading.augmenting import Making, Watched, find_augment, replayed
+from latentds.loading.augmenting import Making, find_augment, find_transform, replayed
 from latentds.loading.batch import Batch, answering, check_bad, check_group
 from latentds.loading.dataset import LatentDataset, Transfer, Transfers
 from latentds.loading.decoding import Decode, Decoder, Integers, check_decode, make_decoder
@@ -106,7 +106,7 @@ class LatentLoader:
         if isinstance(normalize, ChannelStatistics):
             self.dataset.statistics_given = checked_statistics(normalize, self.dataset.shards)
         self.decode, self.device = decode, choose_device(device)
-        self.transform = Watched(transform) if transform else None
+        self.transform = find_transform(transform, decode, is_kept=views is None or not as_tuple)
         self.views, self.as_tuple, self.has_told = views, as_tuple, False
         self.contract = self.dataset.shards.manifest.contract
         beside = {"views": views is not None, "masks": masks}

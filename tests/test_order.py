@@ -48,6 +48,7 @@ def test_small_permutations_are_equally_likely(size):
 def test_numbers_are_pinned():
     """A stored state means this order for ever: changing these changes every user's epoch."""
     assert key_of("packs", 0, 0) == 9666249230436515265
+    assert key_of("packs", np.int64(0), np.uint8(0)) == 9666249230436515265
     assert shuffled(8, 1).tolist() == [2, 4, 6, 3, 0, 1, 7, 5]
     assert permute(np.arange(8), 8, 1).tolist() == [7, 6, 4, 3, 5, 0, 2, 1]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,8 @@ DRAW_BITS = 24  # a float32's mantissa: every draw is exact and below 1
 
 
 def key_of(*words: int | str) -> int:
-    """A 64-bit key of words, the same on every machine."""
-    digest = hashlib.sha256(json.dumps(words).encode())
+    """A 64-bit key of words, the same on every machine, and for numpy's numbers as for Python's."""
+    digest = hashlib.sha256(json.dumps(words, default=operator.index).encode())
     return int.from_bytes(digest.digest()[:8], "little")
 
 

@@ -29,7 +29,6 @@ from latentds.loading.decoding import (
     make_integers,
 )
 from latentds.loading.options import Select
-from latentds.loading.order import whole
 from latentds.loading.selection import select_rows
 from latentds.store.cache import CacheConfig
 from latentds.store.reader import ShardSet
@@ -108,8 +107,7 @@ class SlideBags(Dataset[Bag]):
         check_group(select, Select, "select")
         self.shards = ShardSet(folder, cache=cache, reads_parts=True)
         self.vocabulary = Vocabulary([self.shards], select.class_to_idx)
-        self.max_patches, self.seed = max_patches, whole("seed", seed)
-        self.columns = tuple(columns)
+        self.max_patches, self.seed, self.columns = max_patches, seed, tuple(columns)
         self.wanted, self.device = decode, choose_device(device)
         self.decoding = (autoencoder, dtype)
         self.decoder: Decoder | Integers | None = None

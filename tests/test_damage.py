@@ -109,6 +109,12 @@ def message_of(folder) -> str:
     raise AssertionError("no error")
 
 
+def test_an_error_of_a_worker_is_one_line(dataset):
+    damage(dataset, 3)
+    with pytest.raises(DamagedPackError, match=r"^\S+train-000000\.tar, key .*all damage\)$"):
+        stream(dataset, workers=1, max_bad=0)
+
+
 def test_workers_end_with_a_run_that_an_error_ended(dataset):
     """Without the collector, which would let each worker wait for 5 s."""
     damage(dataset, 2, 3)

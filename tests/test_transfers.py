@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from latentds.core.processes import of_dead_worker, shared_zeros, sharing
+from latentds.core.processes import of_worker, shared_zeros, sharing
 from latentds.errors import WorkerError
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
@@ -63,9 +63,10 @@ def test_an_epoch_that_lacks_batches_raises(shared_dataset, monkeypatch, lose):
 
 
 def test_a_worker_that_died_is_an_error_of_ours():
-    died = of_dead_worker(RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."))
+    died = of_worker(RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."))
     assert died is not None and "pid 7" in str(died) and "num_workers" in str(died)
-    assert of_dead_worker(RuntimeError("another")) is None
+    another = RuntimeError("another")
+    assert of_worker(another) is another
 
 
 def test_a_temporary_folder_too_deep_for_sockets_is_named():

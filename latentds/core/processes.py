@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from latentds.errors import InputError, WorkerError, first_words
+from latentds.errors import InputError, LatentdsError, WorkerError, first_words
 
 PATIENCE = datetime.timedelta(days=14)  # ranks may have slides of very unlike sizes
 SHM = Path("/dev/shm")
@@ -158,15 +158,21 @@ def describe_shm() -> str:
     return f"{SHM} has {usage.total / 2**20:,.1f} MiB, {usage.free / 2**20:,.1f} free"
 
 
-def of_dead_worker(error: RuntimeError) -> WorkerError | None:
-    """The error of a worker that died, None for any other; torch only says by which signal."""
+def of_worker(error: Exception) -> Exception:
+    """What a worker's error comes to: of a death more than torch's signal, of ours the words alone.
+
+    Torch puts the frames of the worker before the words.
+    """
     text = first_words(error)
-    if not text.startswith("DataLoader worker"):
-        return None
-    return WorkerError(
-        f"{text}: a loader's worker died (process {os.getpid()} is its consumer; "
-        f"{describe_shm()}). Killed by the system it lacked memory; take fewer num_workers"
-    )
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return WorkerError(
+            f"{text}: a loader's worker died (process {os.getpid()} is its consumer; "
+            f"{describe_shm()}). Killed by the system it lacked memory; take fewer num_workers"
+        )
+    if not isinstance(error, LatentdsError):
+        return error
+    name = f"{type(error).__module__}.{type(error).__qualname__}: "
+    return type(error)(str(error).rpartition(name)[2].rstrip())
 
 
 def this_worker() -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.core.processes import REMEDY, choose_device, describe_shm, gather, of_dead_worker
+from latentds.core.processes import REMEDY, choose_device, describe_shm, gather, of_worker
 from latentds.errors import WorkerError
 from latentds.loading.array import Resident
 from latentds.loading.augmenting import Making, find_augment, find_transform, replayed
@@ -292,8 +292,7 @@ class LatentLoader:
         except Exception as error:
             if not self.transfers.num_workers:
                 raise
-            died = of_dead_worker(error) if isinstance(error, RuntimeError) else None
-            raise (died or error).with_traceback(None) from None
+            raise of_worker(error.with_traceback(None)) from None
 
     def note_bad(self, batch: Batch) -> None:
         """Collect what workers found damaged; raise where all of them together found too much."""

@@ -57,7 +57,9 @@ def test_weights_that_are_not_there_are_named(tmp_path):
 
 
 def test_an_unknown_network_is_named():
-    with pytest.raises(UnknownNameError, match="unknown timm model 'resnet17'"):
+    with pytest.raises(
+        UnknownNameError, match="unknown timm model 'resnet17'; did you mean 'resnet1"
+    ):
         build_classifier("resnet17", 3)
 
 

@@ -30,7 +30,7 @@ from latentds.embedders.embedder import (
 )
 from latentds.embedders.embedder_cards import CARDS
 from latentds.embedders.weights import fill, find_weights, read_weights
-from latentds.errors import ShapeError, UnknownNameError, WeightsError, missing_extra
+from latentds.errors import ShapeError, UnknownNameError, WeightsError, missing_extra, unknown_name
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 # Of networks known by name, as their authors publish them. TRIDENT asks for timm 0.9.16 with
@@ -108,10 +108,8 @@ def check_name(timm_name: str) -> Any:
         import timm
     except ImportError as error:
         raise missing_extra("timm", "embedders") from error
-    base = timm_name.partition(".")[0]
-    if not timm.is_model(base):
-        near = ", ".join(timm.list_models(f"{base.partition('_')[0]}*")[:5])
-        raise UnknownNameError(f"unknown timm model {timm_name!r}; near it: {near or 'none'}")
+    if not timm.is_model(timm_name.partition(".")[0]):
+        raise unknown_name("timm model", timm_name, timm.list_models())
     return timm
 
 

@@ -379,6 +379,11 @@ def test_weights_that_are_none_are_refused(weight):
         Mixture({"a": 1.0, "b": weight})
 
 
+def test_a_mixture_of_a_list_is_answered():
+    with pytest.raises(TypeError, match=r"\['a', 'b'\]: pass Mixture\(\{folder: weight"):
+        Mixture(["a", "b"])
+
+
 def test_persistent_workers_see_the_next_epoch(shared_dataset):
     loader = make_loader(shared_dataset, shuffle=True, num_workers=2)
     first, second = rows_of(loader), rows_of(loader)

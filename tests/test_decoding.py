@@ -128,6 +128,12 @@ def test_graphs_need_cuda():
         Decode(chunk=0)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.uint8])
+def test_a_dtype_that_is_no_float_of_torch_is_named(dtype):
+    with pytest.raises(TypeError, match=r"dtype=.*; a torch\.dtype of floats, as torch\.bfloat16"):
+        Decode().with_dtype(dtype)
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """Codes and images of the embedded network."""

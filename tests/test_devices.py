@@ -26,7 +26,7 @@ def test_auto_is_a_device_that_is_here():
 
 
 @no_gpu
-@pytest.mark.parametrize("name", ["cuda", "cuda:3", "tpu9"])
+@pytest.mark.parametrize("name", ["cuda", "cuda:3", "tpu9", None])
 def test_a_device_that_is_not_to_be_had_is_one_line_that_names_what_is(name):
     with pytest.raises(InputError, match=rf"^device '{name}' is not available here \(.*; cpu.* is"):
         choose_device(name)

@@ -206,7 +206,7 @@ def choose_device(name: torch.device | str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise InputError(
             f"device {str(name)!r} is not available here ({reason}); {', '.join(available())} is"

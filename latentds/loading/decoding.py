@@ -200,6 +200,8 @@ class Decode:
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk={self.chunk}; at least 1")
+        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise TypeError(f"dtype={self.dtype!r}; a torch.dtype of floats, as torch.bfloat16")
 
     def with_dtype(self, dtype: torch.dtype) -> Decode:
         """The same in the `dtype` of a loader; ValueError where both say another."""

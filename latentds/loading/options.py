@@ -126,6 +126,8 @@ class Mixture:
         weights: Mapping[str | os.PathLike[str], float],
         epoch_patches: int | None = None,
     ) -> None:
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"{weights!r}: pass Mixture({{folder: weight, ...}})")
         if not weights or not all(0 < weight < math.inf for weight in weights.values()):
             raise ValueError(f"weights={dict(weights)}; at least one set, and every weight above 0")
         if epoch_patches is not None and epoch_patches < 1:

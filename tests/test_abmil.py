@@ -76,7 +76,7 @@ def test_weights_come_back_with_what_they_are_of(tmp_path, gated):
     facts = {"dim": DIM, "hidden": 6, "attention": 4, "dropout": 0.0, "gated": gated}
     facts |= {"attention_dropout": 0.0, "activation": "relu", "post_attention": False}
     save_abmil(tmp_path / "w.safetensors", network.state_dict(), facts | {"classes": ["a", "b"]})
-    loaded, found = load_abmil(tmp_path / "w.safetensors")
+    loaded, found = load_abmil(str(tmp_path / "w.safetensors"))
     features = torch.randn(3, DIM)
     assert torch.equal(loaded(features)[0], network(features)[0]) and found["classes"] == ["a", "b"]
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,12 @@ def save_abmil(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, An
     write_atomically(path, save(tensors, {METADATA: json.dumps(dict(facts))}))
 
 
-def load_abmil(path: Path) -> tuple[GatedABMIL, dict[str, Any]]:
+def load_abmil(path: str | os.PathLike[str]) -> tuple[GatedABMIL, dict[str, Any]]:
     """The network of a weights file, in eval mode on the CPU, and the facts saved with it.
 
     raises  FileNotFoundError; WeightsError for another file
     """
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(2, "no such file of weights", str(path))
     try:
         with safe_open(path, "pt") as file:

@@ -323,3 +323,8 @@ def test_tiny_codebook_fits_its_latents():
 def test_pictures_smaller_than_the_factor_are_refused():
     with pytest.raises(ShapeError, match="too small"):
         load_autoencoder("tiny").encode(torch.zeros(1, 3, 3, 3))
+
+
+def test_pictures_of_bytes_are_refused():
+    with pytest.raises(ShapeError, match=r"float images in \[0, 1\], not torch\.uint8; divide"):
+        load_autoencoder("tiny").encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

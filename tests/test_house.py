@@ -26,7 +26,7 @@ LOOSE = {"errors", "version"}  # modules beside the rooms
 RECIPE_FILES = {"config", "task", "__main__"}
 # Lines a room may have, some 1 % above what it has: growth is a decision that a diff shows.
 LINES = {
-    "latentds/autoencoders": 2_020,
+    "latentds/autoencoders": 2_025,
     "latentds/codecs": 1_190,
     "latentds/conversion": 2_650,
     "latentds/core": 1_370,

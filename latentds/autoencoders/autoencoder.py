@@ -99,6 +99,11 @@ class NetworkAutoencoder:
         """Latents (B, C, ceil(H/f), ceil(W/f)) of [0, 1] images, reflect-padded to the factor."""
         import torch
 
+        if not images.is_floating_point():  # bytes would be taken for values up to 255
+            raise ShapeError(
+                f"{self.card.name} encodes float images in [0, 1], not {images.dtype}; divide them "
+                "by 255"
+            )
         padded = pad_to_factor(images, self.card.factor)
         with torch.no_grad():
             latents: Tensor = self.encoder(padded.to(self.device, self.dtype))

@@ -323,6 +323,14 @@ def test_a_state_of_numbers_of_numpy_is_plain_json(shared_dataset):
     assert torch.equal(next(iter(loader)).seeds, next(iter(plain)).seeds)
 
 
+def test_so_is_one_of_a_mixture(shared_dataset):
+    mixtures = [
+        Mixture({shared_dataset: 1.0}, epoch_patches) for epoch_patches in (64, np.int64(64))
+    ]
+    states = [json.dumps(make_loader(mixture).state_dict()) for mixture in mixtures]
+    assert states[0] == states[1]
+
+
 @pytest.mark.parametrize("changes", [{"seed": None}, {"batch_size": "8"}, {"lanes": 1.0}])
 def test_a_number_that_is_none_is_named(shared_dataset, changes):
     (name,) = changes

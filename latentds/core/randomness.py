@@ -136,6 +136,6 @@ def signed(value: int) -> int:
 
 
 def digest_of(record: Any) -> str:
-    """Short identity of plain JSON values, 16 hex digits."""
-    text = json.dumps(record, sort_keys=True, allow_nan=False)
+    """Short identity of plain JSON values and numpy's whole numbers, 16 hex digits."""
+    text = json.dumps(record, sort_keys=True, allow_nan=False, default=operator.index)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -323,6 +323,14 @@ def test_a_state_of_numbers_of_numpy_is_plain_json(shared_dataset):
     assert torch.equal(next(iter(loader)).seeds, next(iter(plain)).seeds)
 
 
+def test_an_epoch_of_numpy_is_resumed(shared_dataset):
+    loader = make_loader(shared_dataset)
+    loader.set_epoch(np.arange(3)[2])
+    again = make_loader(shared_dataset)
+    again.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    assert again.epoch == 2
+
+
 def test_so_is_one_of_a_mixture(shared_dataset):
     mixtures = [
         Mixture({shared_dataset: 1.0}, epoch_patches) for epoch_patches in (64, np.int64(64))

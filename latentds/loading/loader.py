@@ -24,6 +24,7 @@ from latentds.loading.batch import Batch, answering, check_bad, check_group
 from latentds.loading.dataset import LatentDataset, Transfer, Transfers
 from latentds.loading.decoding import Decode, Decoder, Integers, check_decode, make_decoder
 from latentds.loading.options import Mixture, Order, Select, Workers
+from latentds.loading.order import whole
 from latentds.loading.stage import CudaLanes, DecodeStage
 from latentds.quantizers.codebooks import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
@@ -219,6 +220,7 @@ class LatentLoader:
 
         The epoch of a loaded state keeps its place; one that the state has just ended is empty.
         """
+        epoch = whole("epoch", epoch)
         if self.resuming and epoch == self.epoch:
             return
         if self.resuming and not self.handed_out and epoch == self.epoch - 1:

@@ -26,15 +26,15 @@ LOOSE = {"errors", "version"}  # modules beside the rooms
 RECIPE_FILES = {"config", "task", "__main__"}
 # Lines a room may have, some 1 % above what it has: growth is a decision that a diff shows.
 LINES = {
-    "latentds/autoencoders": 2_025,
+    "latentds/autoencoders": 2_030,
     "latentds/codecs": 1_190,
     "latentds/conversion": 2_650,
-    "latentds/core": 1_370,
+    "latentds/core": 1_390,
     "latentds/edit": 2_610,
     "latentds/embedders": 1_950,
     "latentds/evaluation": 4_620,
     "latentds/hub": 1_410,
-    "latentds/loading": 4_390,
+    "latentds/loading": 4_440,
     "latentds/models": 1_690,
     "latentds/quantizers": 3_610,
     "latentds/sources": 6_530,

@@ -143,8 +143,8 @@ class ConvertConfig(SourceOptions, CodeOptions):
     encode_batch: int | None = None
     """Patches encoded at once. By default the number is chosen once and recorded."""
     encode_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Numbers that the encoder computes with. bfloat16 takes half the time or less on GPUs and on
-    CPUs that have it, and far longer on others; codes differ a little. It is recorded."""
+    """Numbers that the encoder computes with. bfloat16 is faster on GPUs and CPUs that have
+    it, and far slower on others. Codes differ a little. It is recorded."""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     workers: int | None = None

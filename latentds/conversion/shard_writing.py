@@ -167,7 +167,8 @@ class Encoder:
     def encode(self, images: Tensor) -> Tensor:
         """Latents float32 (B, C, h, w) of images (B, 3, H, W) in [0, 1]."""
         with exact_arithmetic():
-            return self.encoding.encode(images).float()
+            latents: Tensor = self.encoding.encode(images).float()
+        return latents
 
     def codes(self, pixels: np.ndarray, codebook: AnyCodebook) -> np.ndarray:
         """Codes uint8 (N, *codes_shape) of uint8 (N, H, W, 3)."""

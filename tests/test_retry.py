@@ -64,15 +64,6 @@ def test_repaired_sources_are_added_to_the_set(config):
         retry(config, run)
 
 
-def test_after_a_retry_the_plain_command_finds_its_work_done(config):
-    repair(config, "p003.png", "p007.png")
-    manifest = retry(config, run)
-    assert run(config).made == manifest.made
-    save_pictures(config.source / "a" / "s1", 2, first_seed=70)
-    with pytest.raises(InputError, match="other files"):
-        run(config)
-
-
 def test_what_was_let_go_once_needs_no_second_leave(config):
     repair(config, "p003.png")
     manifest = retry(dataclasses.replace(config, max_bad=0), run)

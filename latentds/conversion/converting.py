@@ -35,7 +35,6 @@ from latentds.conversion.workdir import (
     describe_left_out,
     differences,
     prepare_output,
-    write_input_stamp,
 )
 from latentds.core.display import left_out_text, number_of
 from latentds.core.processes import choose_device
@@ -119,7 +118,8 @@ def convert_with(
         conversion = prepare(config, reader, autoencoder, work, codebook)
         write(conversion)
         if not is_given:  # a source that is an object may read what is gone by then, as Writer's
-            write_input_stamp(config.out, config, work.read_plan()["input_files"])
+            stamp = config.hide(work.read_plan()["input_files"])
+            write_atomically(config.out / INPUT_STAMP, stamp.encode())
         manifest = finish(conversion)
         shutil.rmtree(work.folder)
     return manifest

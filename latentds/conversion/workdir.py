@@ -20,7 +20,7 @@ from typing import Any
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.core.storage import exclusive_lock, location_of, naming, write_atomically
 from latentds.errors import InputError, Reason, UnusableError
-from latentds.store.format import INPUT_STAMP, MANIFEST, SHARD_PATTERN, SIDECARS
+from latentds.store.format import MANIFEST, SHARD_PATTERN, SIDECARS
 
 logger = logging.getLogger(__name__)
 SYNC_SECONDS = 2.0
@@ -226,11 +226,6 @@ def differences(earlier: Any, now: Any, name: str = "") -> list[str]:
         return [f"{name} (other files or weights than before)"]
     before, after = ("not given" if value is None else value for value in (earlier, now))
     return [f"{name} was {before}, is {after}"]
-
-
-def write_input_stamp(out: Path, config: ConvertConfig, stamp: str) -> None:
-    """Keep beside a set which files it was made of; `stamp` is `input_stamp`'s."""
-    write_atomically(out / INPUT_STAMP, config.hide(stamp).encode())
 
 
 def check_output(config: ConvertConfig) -> None:

@@ -8,10 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentds.conversion.conversion_plan import input_stamp, make_plan
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.prepared import input_identity
-from latentds.conversion.workdir import differences, write_input_stamp
+from latentds.conversion.workdir import differences
 from latentds.core.storage import write_atomically
 from latentds.edit.merging import merge
 from latentds.errors import REASONS, InputError
@@ -46,8 +44,6 @@ def retry(
     if not wanted:
         gone = f" that is still in {config.source}" if left_out else ""
         raise InputError(f"{out}: left out no source as a whole{gone}; nothing to try again")
-    # What the set is made of from now on. All were let go once, so all may be again.
-    plan = make_plan(dataclasses.replace(config, max_bad=max(config.max_bad, len(left_out))))
     helper = out.with_name(f"{out.name}.retry-files")
     write_atomically(helper / "only.txt", "\n".join(wanted).encode())
     contract = manifest.contract
@@ -61,7 +57,7 @@ def retry(
         codebook=None,
         quantizer="kmeans",
         levels=256,
-        max_bad=max(config.max_bad, len(wanted)),
+        max_bad=max(config.max_bad, len(wanted)),  # they were let go once: some may be again
         overwrite=(part / MANIFEST).is_file(),  # of a run that was killed later
     )
     was_there = part.exists()
@@ -73,9 +69,8 @@ def retry(
             shutil.rmtree(helper)
             raise
         added = convert(rest, stored)  # what a killed run left was of other files
-    made = made_after(manifest, added, wanted) | {"input": input_identity(config, plan)}
+    made = made_after(manifest, added, wanted)
     merged = merge([out, part], new, overwrite=True, made=made)
-    write_input_stamp(new, config, input_stamp(plan, config))
     out.rename(old)
     new.rename(out)
     for folder in (old, part, helper):

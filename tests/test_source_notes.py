@@ -60,6 +60,17 @@ def test_a_table_of_slides_that_are_not_here_is_refused_with_one_of_each(tmp_pat
     words = rf"s\.csv: no {column} in it is of .* it has 'x', 'y', here are 'a', 'b'; take"
     with pytest.raises(InputError, match=words):
         listed(table, slide_table=tmp_path / "s.csv")
+    (tmp_path / "s.csv").write_text(f"{column},label\n")
+    with pytest.raises(InputError, match="it has no rows, here are 'a', 'b'"):
+        listed(table, slide_table=tmp_path / "s.csv")
+
+
+def test_a_table_of_slides_may_miss_the_part_of_them_that_is_chosen(tmp_path):
+    table = picture_table(tmp_path / "in", "slide", ["a", "b", "b"])
+    (tmp_path / "s.csv").write_text("slide,label\na,p\n")
+    (tmp_path / "only.txt").write_text("p001.png\n")
+    found = listed(table, slide_table=tmp_path / "s.csv", only=tmp_path / "only.txt")
+    assert [p.label for p in found.pictures] == [None]
 
 
 @pytest.mark.parametrize("option", ["splits", "slide_table"])

@@ -74,7 +74,9 @@ def list_source(source: Source, options: SourceOptions) -> Listing:
     path, notes = options.splits or options.slide_table, source.notes + listing.notes
     if path is not None:
         table = read_slide_table(path)
-        pictures, told = apply_slide_table(pictures, table, options.splits is not None)
+        pictures, told = apply_slide_table(
+            pictures, table, options.splits is not None, may_miss=options.only is not None
+        )
         notes += told
     if options.split_patients is not None:
         pictures, told = deal_patients(pictures, options)

@@ -204,11 +204,12 @@ def clam_parts(table: TextTable) -> dict[str, Facts]:
 
 
 def apply_slide_table(
-    pictures: Sequence[Picture], table: SlideTable, is_split_file: bool
+    pictures: Sequence[Picture], table: SlideTable, is_split_file: bool, may_miss: bool = False
 ) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
     """The pictures with what the table says of their slide or patient, and notes for people.
 
     is_split_file  whether every picture needs a split in it: InputError for one that has none
+    may_miss       whether the pictures are a part of the input: of others a table may be
     raises         InputError for a table of which no row is used
     """
     index = NameIndex(list(table.facts))
@@ -232,10 +233,11 @@ def apply_slide_table(
     seen = {place for place in places.values() if place is not None}
     lost = [name for place, name in enumerate(index.names) if place not in seen]
     kind = "slides" if any(picture.slide for picture in pictures) else "pictures"
-    if not seen:
+    if not (seen or may_miss):
         raise InputError(
-            f"{table.path}: no {table.by} in it is of one of the {kind} here: it has {some(lost)}, "
-            f"here are {some(list(bare))}; take the table of these {kind}, or name them as they are"
+            f"{table.path}: no {table.by} in it is of one of the {kind} here: it has "
+            f"{some(lost) or 'no rows'}, here are {some(list(bare))}; take the table of these "
+            f"{kind}, or name them as they are"
         )
     told = (kind[:-1], "not in it", list(bare)), ("row", f"of no {kind[:-1]} here", lost)
     notes = [f"{table.path.name}: {number_of(len(names), what)} {words}: {some(names)}"

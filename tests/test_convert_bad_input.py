@@ -3,11 +3,13 @@
 One clear error with file, value and remedy, or a quarantine list.
 """
 
+import shutil
 import signal
 import struct
 import time
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -218,6 +220,20 @@ def test_a_set_is_replaced_only_by_a_run_that_can_begin(pictures, tmp_path):
     with pytest.raises(InputError, match="none of the patches drawn"):
         convert_with_mean(damaged, out, overwrite=True, max_bad=9)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_overwriting_starts_anew_where_a_run_was_killed_as_it_tidied_up(
+    pictures, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
+        convert_with_mean(pictures, out)
+    shard = out / "data" / "train-000000.tar"
+    before = shard.read_bytes()
+    shard.write_bytes(before[:2000] + bytes(len(before) - 2000))
+    convert_with_mean(pictures, out, overwrite=True)
+    assert shard.read_bytes() == before
 
 
 def test_output_inside_the_input_is_refused(pictures):

@@ -252,7 +252,10 @@ def prepare_output(config: ConvertConfig) -> Iterator[WorkFolder]:
         for path in sorted(work.folder.glob("*.lock")):  # workers of a driver that was killed
             with exclusive_lock(path, STRAGGLER_S):
                 pass
-        work.is_finished = (out / MANIFEST).is_file() and not config.overwrite
+        is_whole = (out / MANIFEST).is_file()
+        work.is_finished = is_whole and not config.overwrite
+        if is_whole and config.overwrite:  # of a run that was killed as it tidied up
+            remove_files(work.folder)
         try:
             yield work
         except InputError:
@@ -273,6 +276,12 @@ def remove_data_set(out: Path) -> None:
     for path in (out / "data").glob("*.tar*"):
         if SHARD_PATTERN.fullmatch(f"data/{path.name.removesuffix('.partial')}"):
             path.unlink()
-    for path in [*(out / SIDECARS).iterdir(), *(out / SIDECARS / "work").iterdir()]:
+    for folder in (out / SIDECARS, out / SIDECARS / "work"):
+        remove_files(folder)
+
+
+def remove_files(folder: Path) -> None:
+    """Delete the files in a folder but the lock."""
+    for path in folder.iterdir():
         if path.is_file() and path.name != "lock":
             path.unlink()

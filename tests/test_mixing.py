@@ -133,6 +133,11 @@ def test_every_set_goes_at_its_own_pace(weights, sets):
     assert counts[3].sum() == counts[1].sum() == 6 * len(loader) * 2
 
 
+def test_a_seed_of_numpy_draws_as_pythons_does(weights):
+    ours, its = (mixed(weights, seed=kind(3)) for kind in (int, np.int32))
+    assert entries(next(iter(ours))) == entries(next(iter(its)))
+
+
 def test_groups_draw_other_random_numbers(weights):
     seeds = [seed for batches in mixed(weights) for part in entries(batches) for *_, seed in part]
     assert len(set(seeds)) == len(seeds)

@@ -68,16 +68,12 @@ def find_augment(
     return augment
 
 
-def find_transform(
-    transform: Callable[[Tensor], Any] | None, decode: str, is_kept: bool
-) -> Watched | None:
+def find_transform(transform: Callable[[Tensor], Any], decode: str, is_kept: bool) -> Watched:
     """The transform asked for, watched.
 
     is_kept  whether the images it changes are handed out
     raises   ValueError where it would change nothing that is
     """
-    if transform is None:
-        return None
     if decode != "pixels":
         raise ValueError(
             f"transform= changes images, and decode={decode!r} gives none; change those batches by "

@@ -107,7 +107,8 @@ class LatentLoader:
         if isinstance(normalize, ChannelStatistics):
             self.dataset.statistics_given = checked_statistics(normalize, self.dataset.shards)
         self.decode, self.device = decode, choose_device(device)
-        self.transform = find_transform(transform, decode, is_kept=views is None or not as_tuple)
+        is_kept = views is None or not as_tuple
+        self.transform = transform and find_transform(transform, decode, is_kept)
         self.views, self.as_tuple, self.has_told = views, as_tuple, False
         self.contract = self.dataset.shards.manifest.contract
         beside = {"views": views is not None, "masks": masks}

@@ -217,10 +217,11 @@ class MixedLoader:
         rank, world_size = find_rank(rank, world_size)
         grouped = group_sets(self.sets)
         totals = [math.fsum(mixture.weights[number] for number in group) for group in grouped]
-        self.shares = fix_shares(totals, whole("global_batch_size", global_batch_size))
+        seed, size = whole("seed", seed), whole("global_batch_size", global_batch_size)
+        self.shares = fix_shares(totals, size)
         check_ranks(self.shares, world_size)
         patches = mixture.epoch_patches or sum(patches_of(part, split) for part in self.sets)
-        self.batches = max(patches // global_batch_size, 1)
+        self.batches = max(patches // size, 1)
         decoders = find_decoders(self.sets, grouped, decoder)
         settings = options | {"shuffle": shuffle, "max_bad": max_bad, "cache": cache}
         settings["num_workers"] = max(num_workers // len(grouped), 1) if num_workers else 0

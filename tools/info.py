@@ -81,7 +81,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "refine": (made.get("options") or {}).get("refine") or 0,
         "made": {
             **{n: made.get(n) for n in ("versions", "device", "encode_batch", "threads")},
-            "encode_dtype": (made.get("options") or {}).get("encode_dtype") or "float32",
+            "encode_dtype": (made.get("options") or {}).get("encode_dtype"),
         },
         "loader_memory": loader_memory(manifest, config),
     }

@@ -194,7 +194,8 @@ class ConvertConfig(SourceOptions, CodeOptions):
             names -= {"quantizer", "levels", "fit_patches"}  # the codebook's own record tells
         found = {name: getattr(self, name) for name in sorted(names)}
         found |= {name: getattr(self, name) or None for name in ("enlarge", "refine")}
-        found["encode_dtype"] = None if self.encode_dtype == "float32" else self.encode_dtype
+        if self.encode_dtype != "float32":
+            found["encode_dtype"] = self.encode_dtype
         # Without --mpp it decides nothing.
         found["mpp_tolerance"] = None if self.mpp is None else self.mpp_tolerance or None
         found["by_regions"] = None if self.regions is None else self.label_from or "taken"

@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every run draws the same; another `LATENTDS_TEST_SEED` seeks what one draw does not show."""
+    """A test draws the same every time; `LATENTDS_TEST_SEED` seeks what one draw does not show."""
     seed = int(os.environ.get("LATENTDS_TEST_SEED", "0"))
     torch.manual_seed(seed)
     np.random.seed(seed)

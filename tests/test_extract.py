@@ -225,6 +225,8 @@ def test_names_of_windows_devices_are_changed(name):
     device = name.partition(".")[0]
     for part in patch_path(name, name, name, ".png").split("/"):
         assert part.partition(".")[0] != device and part.startswith(device)
+    assert patch_path("com²", None, "k", ".png").startswith("com²_-")
+    assert patch_path("nul .y", None, "k", ".png").startswith("nul_ .y-")
     assert patch_path("bacon", None, "console", ".png") == "bacon/console.png"
 
 

@@ -28,7 +28,7 @@ RECIPE_FILES = {"config", "task", "__main__"}
 LINES = {
     "latentds/autoencoders": 2_030,
     "latentds/codecs": 1_190,
-    "latentds/conversion": 2_650,
+    "latentds/conversion": 2_660,
     "latentds/core": 1_390,
     "latentds/edit": 2_610,
     "latentds/embedders": 1_950,
@@ -37,7 +37,7 @@ LINES = {
     "latentds/loading": 4_440,
     "latentds/models": 1_690,
     "latentds/quantizers": 3_610,
-    "latentds/sources": 6_530,
+    "latentds/sources": 6_540,
     "latentds/store": 5_500,
     "latentds/views": 1_150,
     "tools": 11_540,

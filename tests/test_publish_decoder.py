@@ -126,7 +126,7 @@ def test_a_hub_that_is_away_is_told_of_with_its_reason(monkeypatch):
 def test_another_decoder_is_replaced_only_when_asked_for(run, hub, tmp_path):
     publish_decoder(run, PLAIN)
     make(tmp_path / "second", 0.5)
-    with pytest.raises(InputError, match=r"holds 2 file\(s\) of something else \(decoder\.json"):
+    with pytest.raises(InputError, match=r"holds 2 files of something else \(decoder\.json"):
         publish_decoder(tmp_path / "second", PLAIN)
     publish_decoder(tmp_path / "second", PLAIN, overwrite=True)
     assert load_decoder(NAME).card.name == "second"
@@ -161,7 +161,7 @@ def test_a_private_repository_is_made(run, hub):
 
 def test_other_bytes_on_the_hub_are_noticed(run, hub):
     hub.corrupt.add(WEIGHTS)
-    with pytest.raises(FormatError, match="are not what was sent"):
+    with pytest.raises(FormatError, match="1 not as sent of 3 files"):
         publish_decoder(run, PLAIN)
 
 

@@ -96,7 +96,7 @@ def test_a_run_that_was_cut_off_is_taken_up(run, hub):
 
 def test_another_backbone_is_replaced_only_when_asked_for(run, second, hub):
     publish_model(run, PLAIN)
-    with pytest.raises(InputError, match=r"holds 2 file\(s\) of something else \(latentds\.json"):
+    with pytest.raises(InputError, match=r"holds 2 files of something else \(latentds\.json"):
         publish_model(second, PLAIN)
     publish_model(second, PLAIN, overwrite=True)
     embedder = load_embedder(f"timm:hf-hub:{NAME}")

@@ -35,7 +35,8 @@ FIELDS = (
 )
 MAX_NAME = 120  # bytes a folder or file may have here; most file systems end at 255
 UNSAFE = re.compile(r'[/\\:*?"<>|~]')  # what leads elsewhere, or some file system has no name with
-DEVICE = re.compile(r"(?i)^(?:con|prn|aux|nul|com\d|lpt\d)(?=\.|$)")  # to Windows no file's name
+# To Windows no file's name.
+DEVICE = re.compile(r"(?i)^(?:con(?:in\$|out\$)?|prn|aux|nul|(?:com|lpt)[\d¹²³])(?= *(?:\.|$))")
 AMBIGUOUS = re.compile(r"__|_/|/_|^/|/$")  # where `/` as `__` could be read in two ways
 
 

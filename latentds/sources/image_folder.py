@@ -255,16 +255,18 @@ def walk(root: Path, hidden: list[str] | None = None) -> Iterator[str]:
         with os.scandir(folder) as entries:
             found = sorted(entries, key=lambda e: e.name)
         for entry in found:
-            # A link to itself is an error to the entry, neither folder nor file to its path.
-            known = Path(entry.path) if entry.is_symlink() else entry
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself, which is told later
+                is_folder = is_file = False
             if entry.name.startswith("."):
                 if hidden is not None:
-                    hidden.append(f"{prefix}{entry.name}{'/' if known.is_dir() else ''}")
+                    hidden.append(f"{prefix}{entry.name}{'/' if is_folder else ''}")
                 continue
-            if known.is_dir():
+            if is_folder:
                 yield from visit(entry.path, f"{prefix}{entry.name}/", (*above, real))
                 continue
-            if not known.is_file() and Path(entry.path).exists():  # a broken link is told later
+            if not is_file and Path(entry.path).exists():  # a broken link is told later
                 check_regular(Path(entry.path), entry.path)
             yield f"{prefix}{entry.name}"
 

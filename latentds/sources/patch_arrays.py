@@ -272,6 +272,8 @@ def read_integers(path: Path, name: str, rows: int, width: int) -> np.ndarray | 
     raises  InputError where it is something else, or of other rows
     """
     with open_h5(path) as file:
+        import h5py
+
         found = own_dataset(file, name)
         if found is None:
             return None
@@ -279,7 +281,7 @@ def read_integers(path: Path, name: str, rows: int, width: int) -> np.ndarray | 
         if not is_fit:
             other = "" if name == PLACES else ", or pass --no-labels"
             # Texts may take memory that the file does not have: many rows share one.
-            what = "text" if found.dtype.kind in "OSU" else found.dtype
+            what = "text" if h5py.check_string_dtype(found.dtype) else found.dtype
             raise InputError(
                 f"{path}: {name!r} is {what} {found.shape}, not whole numbers for {rows:,} "
                 f"patches; write {rows * width:,} whole numbers{other}"

@@ -103,9 +103,10 @@ def finest_levels(values: np.ndarray, codebook: RecordModel, rate_weight: float)
     octaves = torch.from_numpy(codebook.steps.copy()).log2()
     low = torch.full((len(values),), -1)  # does not fit
     high = torch.full_like(low, coarsest_level(codebook))  # fits
-    # Octaves of bytes above the budget at both bounds; unknown until a guess became the bound.
-    above_low, above_high = (torch.full((len(low),), torch.nan) for _ in range(2))
     guess = torch.full_like(low, len(codebook.steps) // 2).minimum(high)
+    # Of the trial before: the step's octave, the octaves of bytes above the budget, their slope.
+    place, above = (torch.full((len(low),), torch.nan) for _ in range(2))
+    slope = torch.full((len(low),), -SLOPE)
     for trial in range(len(octaves) + len(codebook.order)):
         pending = (high - low > 1).nonzero()[:, 0]
         if not len(pending):
@@ -113,20 +114,16 @@ def finest_levels(values: np.ndarray, codebook: RecordModel, rate_weight: float)
         tried = guess[pending]
         part = values if len(pending) == len(low) else values[pending.numpy()]
         size = torch.from_numpy(expected_bytes(part, tried.numpy(), codebook, rate_weight))
-        fits, above = size <= budget, (size / budget).log2().clamp(-3, 3)
+        fits, now = size <= budget, (size / budget).log2().clamp(-3, 3)
         low[pending] = torch.where(fits, low[pending], tried)
-        above_low[pending] = torch.where(fits, above_low[pending], above)
         high[pending] = torch.where(fits, tried, high[pending])
-        above_high[pending] = torch.where(fits, above, above_high[pending])
-        start, end = (octaves[bound.clamp(0, len(octaves) - 1)] for bound in (low, high))
-        wanted = start + (end - start) * above_low / (above_low - above_high)
-        first = octaves[guess.clamp(max=len(octaves) - 1)]
-        first[pending] += above / SLOPE
-        guess = torch.searchsorted(octaves, torch.where(wanted.isnan(), first, wanted))
+        here = octaves[tried.clamp(max=len(octaves) - 1)]
+        found = (now - above[pending]) / (here - place[pending])
+        slope[pending] = torch.where(found < -SLOPE / 4, found, slope[pending])
+        place[pending], above[pending] = here, now
+        guess = torch.searchsorted(octaves, place - above / slope)
         if trial > MOST_SECANTS:
             guess = (low + high) // 2
-        elif trial > 1:  # the finest step of all may fit
-            guess = guess.where(low >= 0, 0)
         guess = guess.maximum(low + 1).minimum(high - 1)
     return high.numpy()
 

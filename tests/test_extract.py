@@ -1,6 +1,7 @@
 """extract and export: decoded pictures, Parquet rows, npy trees."""
 
 import csv
+import io
 import json
 
 import numpy as np
@@ -21,6 +22,7 @@ from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 from tests.test_merge import codes_by_key, make_set
+from tests.test_repack import make_masked_set
 from tests.test_source_kinds import listed
 
 
@@ -357,3 +359,18 @@ def test_commands_tell_counts(tmp_path, pictures, capsys):
     assert code == 0 and "33 patches" in out
     code, _, err = call(capsys, *words, "--latents", "--overwrite")
     assert code == 1 and "--latents is for --to npy" in err
+
+
+def test_parquet_rows_hold_the_masks(tmp_path):
+    export_parquet(make_masked_set(tmp_path), tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out" / "data" / "train-00000.parquet").to_pylist()
+    masks = {row["key"]: np.asarray(Image.open(io.BytesIO(row["mask_png"]))) for row in rows}
+    assert {key: mask.max() for key, mask in masks.items()} == {key: int(key[1:]) for key in masks}
+    assert len(masks) == 11
+
+
+@pytest.mark.parametrize("write", [extract, export_npy])
+def test_files_a_patch_say_that_masks_are_left_out(write, tmp_path, caplog):
+    more = {"autoencoder": MeanAutoencoder()} if write is extract else {}
+    write(make_masked_set(tmp_path), tmp_path / "out", **more)
+    assert "its masks are not written; 'latentds export --to parquet'" in caplog.text

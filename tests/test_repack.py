@@ -143,6 +143,16 @@ def test_golden_patches_follow_their_rows(slides, tmp_path):
     assert [code.tobytes() for code in codes] == table["codes"].to_pylist()
 
 
+def make_masked_set(root):
+    """11 patches in `root/set`; the number of a patch's picture is its mask's only value."""
+    save_pictures(root / "in", 11)
+    (root / "masks").mkdir()
+    for number, path in enumerate(sorted((root / "in").iterdir())):
+        Image.new("L", (32, 32), number).save(root / "masks" / path.name)
+    convert_with_mean(root / "in", root / "set", masks=root / "masks", pack_size=4)
+    return root / "set"
+
+
 def test_no_golden_patch_left_is_a_note(tmp_path):
     for slide, count in (("s.1", 60), ("s.2", 1)):
         save_pictures(tmp_path / "in" / "tumour" / slide, count, count)
@@ -153,11 +163,7 @@ def test_no_golden_patch_left_is_a_note(tmp_path):
 
 
 def test_masks_are_carried(tmp_path):
-    save_pictures(tmp_path / "in", 11)
-    (tmp_path / "masks").mkdir()
-    for number, path in enumerate(sorted((tmp_path / "in").iterdir())):
-        Image.new("L", (32, 32), number).save(tmp_path / "masks" / path.name)
-    convert_with_mean(tmp_path / "in", tmp_path / "set", masks=tmp_path / "masks", pack_size=4)
+    make_masked_set(tmp_path)
     repack(tmp_path / "set", tmp_path / "out", Repacking(pack_size=3, seed=4))
     shards = ShardSet(tmp_path / "out")
     rows = np.arange(len(shards))

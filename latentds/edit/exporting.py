@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,10 @@ from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import dequantize_each
 from latentds.store.format import FORMAT, NO_LABEL
 from latentds.store.index import UNKNOWN_PX
+from latentds.store.packs import MASK_SCHEMA
 from latentds.store.reader import ShardSet
+
+logger = logging.getLogger(__name__)
 
 BLOCK_PATCHES = 1024
 FILE_BYTES = 512 * 1_000_000  # of codes, a Parquet file
@@ -91,7 +95,8 @@ def parquet_card(splits: Sequence[str]) -> str:
         lines += [f"  - split: {split}", f"    path: data/{split}-*.parquet"]
     text = (
         "A patch a row, exported from a latentds data set: `codes` are uint8, as stored; what they "
-        f"mean by the codebook of `codebook_id` is told by the contracts in `{CONTRACT}`."
+        f"mean by the codebook of `codebook_id` is told by the contracts in `{CONTRACT}`. "
+        "`mask_png`, if there, is a patch's mask as a grey PNG."
     )
     return "\n".join([*lines, "---", "", text, ""])
 
@@ -108,6 +113,7 @@ def parquet_schema(shards: ShardSet) -> pa.Schema:
         ("size_px", pa.uint32()),
     ]
     fields += [(n, pa.string()) for n in ("split", "source", "source_encoding", "codebook_id")]
+    fields += MASK_SCHEMA if shards.columns.has_masks else []
     return pa.schema(fields, metadata={"latentds": canonical_json(contracts(shards))})
 
 
@@ -119,6 +125,8 @@ def parquet_rows(shards: ShardSet, split: str, rows: np.ndarray, schema: pa.Sche
     columns["codes"] = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(codes[0].size), len(codes), [None, flat]
     )
+    if shards.columns.has_masks:
+        columns["mask_png"] = shards.columns.mask_pngs(rows)
     return pa.table(columns, schema=schema)
 
 
@@ -155,6 +163,7 @@ def export_npy(
     returns  patches written
     """
     shards = ShardSet(folder)
+    tell_of_masks(shards)
     splits = [split] if split else sorted(shards.manifest.splits)
     count = 0
     with new_folder(Path(out), overwrite, sources_of(folder)) as target:
@@ -178,6 +187,13 @@ def export_npy(
                     table.writerow(map(csv_cell, table_line(path, row, FIELDS)))
                 count += len(rows)
     return count
+
+
+def tell_of_masks(shards: ShardSet) -> None:
+    """Say that files a patch leave the masks out."""
+    if shards.columns.has_masks:
+        text = "%s: its masks are not written; 'latentds export --to parquet' writes them"
+        logger.warning(text, shards.folder)
 
 
 def save_codebooks(shards: ShardSet, target: Path) -> None:

@@ -16,7 +16,15 @@ from PIL import Image
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.processes import choose_device
 from latentds.core.storage import MARK, exclusive_lock, naming, write_atomically
-from latentds.edit.exporting import TABLE, blocks, patch_path, read_rows, sources_of, table_line
+from latentds.edit.exporting import (
+    TABLE,
+    blocks,
+    patch_path,
+    read_rows,
+    sources_of,
+    table_line,
+    tell_of_masks,
+)
 from latentds.edit.outputs import check_apart, refuse_foreign
 from latentds.errors import InputError
 from latentds.loading.decoding import Decoder, find_autoencoder
@@ -54,6 +62,7 @@ def extract(
     check_apart(out, sources_of(folder))
     refuse_foreign(out, MARK)
     chosen = choose(shards, split, where, slides)
+    tell_of_masks(shards)
     decoder = Decoder(find_autoencoder(shards, autoencoder), shards.manifest.codebooks,
                       shards.manifest.contract.patch_px, choose_device(device))  # fmt: skip
     lock = out.with_name(f"{out.name}.lock")

@@ -23,7 +23,7 @@ from latentds.errors import InputError, unknown_name
 from latentds.sources.picture import Picture
 from latentds.sources.picture_tables import SlideTable, apply_slide_table
 from latentds.store.composing import SHARD_BYTES, Composer, Part, complete
-from latentds.store.format import GOLDEN, MASKS, PATCHES, SPLIT_PATTERN
+from latentds.store.format import GOLDEN, PATCHES, SPLIT_PATTERN
 from latentds.store.golden import read_golden_table, renumbered
 from latentds.store.manifest import Manifest
 from latentds.store.packs import MASK_SCHEMA, SCHEMA, decode_table, encode_table
@@ -216,11 +216,10 @@ def read_packs(
         ends = np.flatnonzero(np.diff(shards.patches[rows]["slide"])) + 1
     else:
         ends = np.arange(options.pack_size, len(rows), options.pack_size)
-    has_masks = bool(shards.packs["masks_bytes"].any())
     for part in np.split(rows, ends):
         table = columns.take(part).cast(SCHEMA)
-        if has_masks:
-            table = table.append_column(MASK_SCHEMA.field(0), [read_mask_bytes(shards, part)])
+        if shards.columns.has_masks:
+            table = table.append_column(MASK_SCHEMA.field(0), [shards.columns.mask_pngs(part)])
         yield shards.read_codes(part), table
         bar.update(len(part))
 
@@ -234,17 +233,6 @@ def read_columns(shards: ShardSet) -> pa.Table:
         table = decode_table(bytes(content), where, SCHEMA, int(shards.first_patch.counts(pack)))
         tables.append(table.cast(LARGE))
     return pa.concat_tables(tables).combine_chunks()
-
-
-def read_mask_bytes(shards: ShardSet, rows: np.ndarray) -> pa.Array:
-    masks: list[bytes | None] = [None] * len(rows)
-    for pack, places in shards.first_patch.group(rows):
-        if not shards.packs[pack]["masks_bytes"]:
-            continue
-        stored = shards.columns.parse(pack, MASKS, MASK_SCHEMA)["mask_png"]
-        for place in places.tolist():
-            masks[place] = stored[int(rows[place]) - int(shards.first_patch[pack])]
-    return pa.array(masks, pa.binary())
 
 
 def move_golden(shards: ShardSet, order: np.ndarray) -> bytes:

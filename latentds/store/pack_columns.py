@@ -71,6 +71,26 @@ class PackColumns:
         self.parsed[pack, kind] = table
         return table
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether any pack carries masks."""
+        return bool(self.packs.rows["masks_bytes"].any())
+
+    def mask_pngs(self, rows: np.ndarray) -> pa.Array:
+        """Masks as they are stored, of the patches at `rows`; null where a patch has none."""
+        import pyarrow as pa
+
+        from latentds.store.packs import MASK_SCHEMA
+
+        found: list[bytes | None] = [None] * len(rows)
+        for pack, places in self.packs.spans.group(rows):
+            if not self.packs.rows[pack]["masks_bytes"]:
+                continue
+            stored = self.parse(pack, MASKS, MASK_SCHEMA)["mask_png"]
+            for place in places.tolist():
+                found[place] = stored[int(rows[place]) - int(self.packs.spans[pack])]
+        return pa.array(found, pa.binary())
+
     def masks(self, rows: np.ndarray, required: bool = False) -> np.ndarray:
         """Masks uint8 (N, H, W) of the patches at `rows`; zeros where a patch has none.
 

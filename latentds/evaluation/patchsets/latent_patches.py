@@ -44,7 +44,7 @@ class Shards:
 
     @functools.cached_property
     def has_masks(self) -> bool:
-        return bool(self.shards.packs["masks_bytes"].any())
+        return self.shards.columns.has_masks
 
     @functools.cached_property
     def ordered(self) -> tuple[np.ndarray, list[str]]:

@@ -122,6 +122,21 @@ def test_slides_without_regions_give_nothing_and_files_without_slides_are_told(f
     assert "--regions: 1 file of no slide: 'other.geojson'" in made["source"]["notes"]
 
 
+@pytest.mark.parametrize("name", ["c.geojson", "c.png"])
+@pytest.mark.parametrize("label_from", [None, "regions"])
+def test_slides_without_annotations_give_nothing(folder, name, label_from):
+    write_slide(folder / "in/c.tif")
+    write_regions(folder / "regions/a.b.geojson", annotation("T", square(0, 0, 256, 256)))
+    write_regions(folder / "regions/c.geojson")
+    if name == "c.png":
+        (folder / "regions/c.geojson").unlink()
+        Image.new("L", (8, 6)).save(folder / "regions/c.png")
+    options = {"regions": folder / "regions", "label_from": label_from}
+    shards, _ = convert(folder / "in", folder / "out", **options, **MPP)
+    (entry,) = shards.manifest.made["without_patches"]
+    assert entry["source"] == "c.tif" and "lies in its regions" in entry["reason"]
+
+
 def test_coordinates_of_a_job_get_labels_too(folder):
     write_job(folder / "job", "a.b", PLACES)
     write_regions(folder / "regions/a.b.json", annotation("T", square(0, 0, 1024, 400)))
@@ -130,6 +145,16 @@ def test_coordinates_of_a_job_get_labels_too(folder):
     shards, columns = convert(folder / "job", folder / "out", regions=regions, **options)
     assert set(zip(columns["x"], columns["y"], strict=True)) == set(PLACES[:2])
     assert shards.manifest.labels() == {"T": 2}
+
+
+def test_a_job_may_hold_slides_without_places(folder):
+    write_slide(folder / "in/c.tif")
+    write_job(folder / "job", "a.b", PLACES)
+    write_job(folder / "job", "c", [])
+    shards, columns = convert(folder / "job", folder / "out", slides=folder / "in", patch_size=None)
+    (entry,) = shards.manifest.made["without_patches"]
+    assert entry == {"source": "c.tif", "reason": "no coordinates of patches within it"}
+    assert len(columns["x"]) == len(PLACES)
 
 
 def test_workers_elsewhere_know_the_labels(folder):
@@ -160,7 +185,7 @@ def test_other_regions_are_another_conversion(folder):
     ("content", "by_class", "message"),
     [
         ("{", False, "no JSON"),
-        ("[]", False, "has no polygons"),
+        ('{"type": "Point", "coordinates": [1, 2]}', False, "has no polygons"),
         ('{"type": "FeatureCollection", "features": [1]}', False, "is no GeoJSON"),
         ('{"type": "Polygon", "coordinates": [[["a", 1], [2, 3], [4, 5]]]}', False, "no GeoJSON"),
         ('{"type": "Polygon", "coordinates": [[[0, 0], [9, 0], [9, 9]]]}', True, "with a class"),
@@ -179,7 +204,6 @@ def test_files_that_are_no_regions_leave_their_slide_out(folder, content, by_cla
     [
         (Image.new("RGB", (8, 6)), False, "is RGB, not one channel"),
         (Image.new("L", (8, 8)), False, "other proportions than its slide of 1024x768"),
-        (Image.new("L", (8, 6)), True, "has 0 values beside 0"),
         (Image.linear_gradient("L").resize((256, 192)), True, "values beside 0, no mask of"),
     ],
 )

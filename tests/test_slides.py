@@ -231,7 +231,7 @@ def write_job(folder: Path, slide: str, places, trident: bool = True, **changes)
     path = folder / "patches" / f"{slide}{'_patches' if trident else ''}.h5"
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
-        coords = file.create_dataset("coords", data=np.array(places, np.int64))
+        coords = file.create_dataset("coords", data=np.array(places))
         attributes = {"patch_size": 64, "name": slide}
         if trident:
             attributes |= {"patch_size_level0": 128, "level0_magnification": 40,

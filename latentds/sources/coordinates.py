@@ -59,7 +59,8 @@ def read_coordinates(path: Path) -> Coordinates:
             coords = own_dataset(file, "coords")
             if coords is None:
                 raise misfit("has no data set 'coords' of its own")
-            if coords.dtype.kind not in "iu" or len(coords.shape) != 2 or coords.shape[1] != 2:
+            fits = coords.dtype.kind in "iu" and coords.ndim == 2 and coords.shape[1] == 2
+            if not fits and coords.size:  # TRIDENT writes no places as float64 (0,)
                 raise misfit(f"'coords' is {coords.dtype} {coords.shape}, not integers (n, 2)")
             if len(coords) > MAX_COORDINATES:
                 raise misfit(f"'coords' has {len(coords)} rows; refused")
@@ -68,7 +69,7 @@ def read_coordinates(path: Path) -> Coordinates:
             places, attributes = coords[:], dict(coords.attrs)
     except (OSError, KeyError, RuntimeError) as error:
         raise misfit(f"is no readable h5 file ({type(error).__name__})") from error
-    return Coordinates(places.astype(np.int64), *sizes_of(attributes))
+    return Coordinates(places.astype(np.int64).reshape(-1, 2), *sizes_of(attributes))
 
 
 def misfit(words: str) -> UnusableError:

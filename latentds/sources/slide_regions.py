@@ -145,6 +145,8 @@ def taken(
         masks = mask_regions(path, slide_px, size, by_class)
     else:
         masks = polygon_regions(path, slide_px, size, by_class)
+    if not masks:  # nothing was annotated
+        return np.zeros(len(places), bool), np.zeros(len(places), np.uint8), ()
     scale = np.tile([size[0] / slide_px[0], size[1] / slide_px[1]], 2)
     boxes = np.concatenate([places, places + edge], 1) * scale
     shares = np.stack([tissue_shares(mask, boxes) for mask in masks.values()])
@@ -172,7 +174,7 @@ def mask_regions(
     if not by_class:
         return {"": values > 0}
     classes = [value for value in np.unique(values).tolist() if value]
-    if not classes or len(classes) > MAX_CLASSES:
+    if len(classes) > MAX_CLASSES:
         raise bad(
             path, f"has {len(classes)} values beside 0, no mask of 1 to {MAX_CLASSES} classes"
         )
@@ -206,7 +208,7 @@ def polygon_regions(
         raise bad(path, str(error).removeprefix(f"{path}: ")) from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise bad(path, f"is no GeoJSON ({type(error).__name__}: {str(error)[:80]})") from error
-    if not classes:
+    if not classes and features_of(values):
         raise bad(path, f"has no {'polygons with a class' if by_class else 'polygons'}")
     return {name: drawn == number for number, name in enumerate(classes, 1)}
 
@@ -225,11 +227,16 @@ def area_of(outline: np.ndarray) -> float:
 
 def polygons_of(values: Any) -> Iterator[tuple[str, Rings]]:
     """Class ("" for none) and rings of every polygon of a feature, a list or collection of them."""
-    features = values["features"] if isinstance(values, dict) and "features" in values else values
-    for feature in features if isinstance(features, list) else [features]:
+    for feature in features_of(values):
         geometry = feature.get("geometry") if feature.get("type") == "Feature" else feature
         name = class_of(feature.get("properties") or {})
         yield from ((name, rings) for rings in rings_of(geometry or {}))
+
+
+def features_of(values: Any) -> list[Any]:
+    """Of a feature, a list or collection of them; none where nothing was annotated."""
+    features = values["features"] if isinstance(values, dict) and "features" in values else values
+    return features if isinstance(features, list) else [features]
 
 
 def class_of(properties: Mapping[str, Any]) -> str:

@@ -93,7 +93,7 @@ def test_an_unreadable_original_is_named(pictures, shards):
 def test_hidden_names_need_the_key(pictures, tmp_path):
     convert_with_mean(pictures, tmp_path / "out", anonymize=tmp_path / "key")
     shards = ShardSet(tmp_path / "out")
-    with pytest.raises(ContractError, match="give the key file"):
+    with pytest.raises(ContractError, match="give the key file they were made with, --anonymize"):
         Originals(shards, pictures)
     pixels = Originals(shards, pictures, anonymize=tmp_path / "key").read(*everything(shards))
     assert len(pixels) == 8

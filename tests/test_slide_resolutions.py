@@ -5,6 +5,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from latentds_tools.reports.set_lines import mpp_text
 
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.originals import Originals
@@ -194,3 +195,8 @@ def test_resolutions_are_counted_and_several_noticed():
     assert found == {"0.25": 3, "0.5": 1, "unknown": 1}
     assert are_several(found) and are_several({"0.25": 1, "0.5": 1})
     assert not are_several({"0.25": 1, "0.252": 1}) and not are_several({"unknown": 5})
+
+
+def test_several_resolutions_are_told_without_an_option_that_jobs_refuse():
+    text = mpp_text({"0.25": 1, "0.5": 2})
+    assert text.endswith("patches of several resolutions; slides cut at --mpp have one")

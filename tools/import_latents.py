@@ -54,7 +54,7 @@ class Config:
     """Regular expression that is searched in relative paths. Its groups among label, slide, x, y
     and mpp describe the patch."""
     mpp: float | None = None
-    """Micrometres a pixel, recorded with every patch."""
+    """Micrometres a pixel, recorded with every patch whose files tell none."""
     order: Literal["shuffle", "path"] = "shuffle"
     """Order on disk: shuffled by --seed, or by path."""
     pack_size: int = 256

@@ -142,7 +142,7 @@ def recorded_options(
     if recorded.get("anonymized") and anonymize is None:
         raise ContractError(
             f"{shards.folder}: slide and source names are hashes; give the key file they were "
-            "made with"
+            "made with, --anonymize"
         )
     known = {field.name for field in dataclasses.fields(SourceOptions)}
     chosen = {name: value for name, value in recorded.items() if name in known}

@@ -70,5 +70,5 @@ def mpp_text(found: dict[str, int]) -> str:
     shown = ", ".join(f"{mpp} um ({count:,})" if mpp != "unknown" else f"unknown ({count:,})"
                       for mpp, count in list(found.items())[:8])  # fmt: skip
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    warning = "; patches of several resolutions, --mpp gives slides one"
+    warning = "; patches of several resolutions; slides cut at --mpp have one"
     return f"{shown or 'none'}{more}{warning if are_several(found) else ''}"

@@ -36,7 +36,7 @@ LINES = {
     "latentds/hub": 1_410,
     "latentds/loading": 4_440,
     "latentds/models": 1_690,
-    "latentds/quantizers": 3_610,
+    "latentds/quantizers": 3_600,
     "latentds/sources": 6_550,
     "latentds/store": 5_520,
     "latentds/views": 1_150,

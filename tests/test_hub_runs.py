@@ -122,11 +122,12 @@ def test_a_run_that_fails_is_replaced_by_its_packs(hub, cache, shared_dataset, f
 
 def test_a_server_that_stays_away_ends_the_first_batch_soon(hub, cache):
     data = LatentDataset(HUB, cache=cache, batch_size=200, shuffle=True)
-    data.sets[0].files.packs_alone = 0
+    data.sets[0].files.packs_alone, data.sets[0].files.run_packs = 0, 2
     hub.faults[SHARD] = ["503!"]
     with pytest.raises(InputError, match="after 8 tries"):
         data.batch(0, 0)
-    assert hub.requests[SHARD] <= 2 + 8  # the rest of the runs was called off
+    # Of sixteen runs the rest was called off; how many began meanwhile is up to the machine.
+    assert hub.requests[SHARD] <= 8 + 8
 
 
 @pytest.mark.parametrize("options", [{"columns": ("source",)}, {"masks": True}])

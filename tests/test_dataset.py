@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from latentds.errors import ContractError, LatentdsError, UnknownNameError, WeightsError
+from latentds.errors import ContractError, InputError, LatentdsError, UnknownNameError, WeightsError
 from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
@@ -360,7 +360,7 @@ def test_a_number_of_ranks_without_a_rank_is_refused(shared_dataset, monkeypatch
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # by another test
-    with pytest.raises(ValueError, match="RANK='' and WORLD_SIZE='4' in the environment; set both"):
+    with pytest.raises(InputError, match="RANK='' and WORLD_SIZE='4' in the environment; set both"):
         make_loader(shared_dataset)
 
 

@@ -49,6 +49,14 @@ def train(out: Path, **options: Any) -> dict[str, torch.Tensor]:
     return engine.weights("decoder")
 
 
+def test_several_processes_without_ranks_do_not_train_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # by another test
+    with pytest.raises(InputError, match="RANK='' and WORLD_SIZE='4' in the environment"):
+        train(tmp_path / "run")
+
+
 def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 

@@ -58,7 +58,7 @@ def launched_rank() -> tuple[int, int]:
     try:
         return int(rank), int(ranks)
     except ValueError:
-        raise ValueError(
+        raise InputError(
             f"RANK={rank!r} and WORLD_SIZE={ranks!r} in the environment; set both, as torchrun "
             "does, or call torch.distributed.init_process_group before"
         ) from None

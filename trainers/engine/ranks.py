@@ -11,7 +11,7 @@ import torch.distributed as dist
 from latentds_trainers.engine.launching import same_on_all_ranks
 from latentds_trainers.engine.wrapping import load_deepspeed
 
-from latentds.core.processes import choose_device
+from latentds.core.processes import choose_device, launched_rank
 from latentds.errors import InputError, LatentdsError
 
 Made = TypeVar("Made")
@@ -29,6 +29,7 @@ def join_ranks() -> torch.device:
         torch.cuda.set_device(device)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if "RANK" not in os.environ and not dist.is_initialized():  # no launcher: one rank, no port
+        launched_rank()  # raises where a scheduler started several, each of which would train alone
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore()  # type: ignore[attr-defined]  # torch's, though not in its list
         dist.init_process_group(backend, store=store, rank=0, world_size=1)

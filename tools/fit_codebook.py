@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -102,6 +103,7 @@ def fit(config: Config) -> Any:
     source = open_source(settings)
     autoencoder = load_autoencoder(config.autoencoder)  # a wrong name is told before headers
     plan = make_plan(settings, source)
-    encoder = Encoder(autoencoder, device, choose_batch(autoencoder, device, plan.patch_px))
+    make = functools.partial(Encoder, autoencoder, device)
+    encoder = make(choose_batch(make, device, plan.patch_px))
     with contextlib.closing(PlanReader(plan, settings)) as reader:
         return fit_to_sample(settings, encoder, reader, config.kind, config.bytes or 0)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,10 @@ def prepare(
     earlier = work.read_plan()
     check_not_too_small(plan, autoencoder)
     batch = config.encode_batch or earlier.get("encode_batch")
-    how = (config.refine, config.encode_dtype)
-    batch = batch or choose_batch(autoencoder, device, plan.patch_px, *how)
-    encoder = Encoder(autoencoder, device, batch, *how)
+    make = functools.partial(
+        Encoder, autoencoder, device, steps=config.refine, dtype=config.encode_dtype
+    )
+    encoder = make(batch or choose_batch(make, device, plan.patch_px))
     latents_shape = encoder.check_shape(plan.patch_px)
     stored = find_codebook(config, codebook, encoder, reader, earlier)
     card = autoencoder.card
@@ -98,17 +100,17 @@ def prepare(
 
 
 def choose_batch(
-    autoencoder: Autoencoder, device: torch.device, patch_px: tuple[int, int], *how: Any
+    make: Callable[[int], Encoder], device: torch.device, patch_px: tuple[int, int]
 ) -> int:
     """Encode batch for this machine: 16 on a CPU, else the largest of 256, 128, ... that fits.
 
-    how  further arguments of `Encoder`
+    make  an encoder of a batch
     """
     if device.type != "cuda":
         return CPU_BATCH
     for batch in CUDA_BATCHES:
         try:
-            Encoder(autoencoder, device, batch, *how).check_shape(patch_px)
+            make(batch).check_shape(patch_px)
             return batch
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()

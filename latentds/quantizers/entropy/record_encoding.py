@@ -119,6 +119,7 @@ def finest_levels(values: np.ndarray, codebook: RecordModel, rate_weight: float)
         high[pending] = torch.where(fits, tried, high[pending])
         here = octaves[tried.clamp(max=len(octaves) - 1)]
         found = (now - above[pending]) / (here - place[pending])
+        # One that is nearly flat would send the next guess far away.
         slope[pending] = torch.where(found < -SLOPE / 4, found, slope[pending])
         place[pending], above[pending] = here, now
         guess = torch.searchsorted(octaves, place - above / slope)
